@@ -1,0 +1,372 @@
+"""The diffusion transformer: an image of noise, a timestep and a class go in, the noise to remove comes out.
+
+"Scalable Diffusion Models with Transformers" (Peebles and Xie, arXiv 2212.09748), the adaLN-Zero variant. Read this
+file first: `DiTConfig` says everything about a model's structure, and `DiT(config)` has exactly its names and shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionForm, SoftmaxAttention
+from .feedforward import MLP
+from .linear import replace_linear
+
+FREQUENCIES = 256  # features of the sinusoidal timestep embedding, fixed in every published DiT
+NORM_EPS = 1e-6
+
+ATTENTION: Mapping[str, Callable[..., nn.Module]] = {"softmax": SoftmaxAttention}
+"""Attention kinds by the name that `BlockConfig.attention` gives: built with (width, heads, head_dim)."""
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """The structure of one block. Blocks of a model may differ from each other.
+
+    Raises:
+        ValueError: a size is not positive, or the attention kind is unknown.
+    """
+
+    heads: int
+    head_dim: int
+    mlp_width: int
+    attention: str = "softmax"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "head_dim", "mlp_width"):
+            _require_positive("block", name, getattr(self, name))
+        if self.attention not in ATTENTION:
+            raise ValueError(f"block: attention {self.attention!r} is unknown; use one of {', '.join(ATTENTION)}")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The structure of a DiT.
+
+    Attributes:
+        input_size: height and width of what the model sees (pixels or latent cells).
+        channels: channels of that input.
+        classes: number of class labels; the null class of guidance is label `classes`.
+        patch: side of the square patch that becomes one token; divides both input sizes.
+        width: features of a token.
+        blocks: one `BlockConfig` per block, first to last.
+        learn_sigma: whether the model also predicts the variance (twice the output channels).
+        label_dropout: share of labels replaced by the null class in training; 0 has no null class.
+        frequency_shift: how the 128 timestep frequencies are spaced: 10000^(-k / (128 - shift)). The original DiT
+            uses 0, diffusers' DiTTransformer2DModel uses 1; the weights of one are not exact in the other.
+        mlp_norm_eps: epsilon of the norm before the MLP (diffusers may keep 1e-5 there).
+        linears: linear layers that are not plain float ones, by module name, with their kind in `models/linear.py`.
+
+    Raises:
+        ValueError: a size is not positive, the patch does not divide the input, or the width is not a multiple of 4.
+    """
+
+    input_size: tuple[int, int]
+    channels: int
+    classes: int
+    patch: int
+    width: int
+    blocks: tuple[BlockConfig, ...]
+    learn_sigma: bool = True
+    label_dropout: float = 0.1
+    frequency_shift: int = 0
+    mlp_norm_eps: float = NORM_EPS
+    linears: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "classes", "patch", "width"):
+            _require_positive("model", name, getattr(self, name))
+        for side in self.input_size:
+            _require_positive("model", "input_size", side)
+            if side % self.patch:
+                raise ValueError(f"model: patch {self.patch} does not divide the input size {self.input_size}")
+        if self.width % 4:
+            raise ValueError(f"model: width {self.width} is not a multiple of 4, which the position embedding needs")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"model: label_dropout {self.label_dropout} is outside 0..1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.input_size[0] // self.patch, self.input_size[1] // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels the model predicts: eps, and the variance where it is learned."""
+        return self.channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: the classes, and the null class where labels were dropped."""
+        return self.classes + (1 if self.label_dropout > 0 else 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description from which `from_dict` builds the same config."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DiTConfig:
+        """The config that `to_dict` described.
+
+        Raises:
+            ValueError: a key is missing, unknown, or its value is refused.
+        """
+        try:
+            values = dict(data)
+            values["input_size"] = tuple(values["input_size"])
+            values["blocks"] = tuple(BlockConfig(**block) for block in values["blocks"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"model config: {error}") from error
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Depth, width and heads under the name the literature uses."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+PRESETS: Mapping[str, Preset] = {
+    "XS": Preset(6, 256, 4),
+    "S": Preset(12, 384, 6),
+    "B": Preset(12, 768, 12),
+    "L": Preset(24, 1024, 16),
+    "XL": Preset(28, 1152, 16),
+}
+PATCHES = (2, 4, 8)
+
+
+def preset(name: str, *, input_size: tuple[int, int] = (32, 32), channels: int = 4, classes: int = 1000,
+           **options: Any) -> DiTConfig:
+    """The config of a preset such as `"S/2"`: size XS, S, B, L or XL at patch 2, 4 or 8.
+
+    Raises:
+        ValueError: the name is not a preset.
+    """
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    if size not in PRESETS or patch not in {str(p) for p in PATCHES}:
+        raise ValueError(f"preset {name!r} is unknown: use {', '.join(PRESETS)} with a patch, as in S/2 (patches 2, 4, 8)")
+    shape = PRESETS[size]
+    return uniform(depth=shape.depth, width=shape.width, heads=shape.heads, patch=int(patch), input_size=input_size,
+                   channels=channels, classes=classes, **options)
+
+
+def uniform(*, depth: int, width: int, heads: int, mlp_ratio: float = 4.0, **options: Any) -> DiTConfig:
+    """A config whose blocks are all alike.
+
+    Raises:
+        ValueError: the heads do not divide the width, or a size is refused.
+    """
+    if width % heads:
+        raise ValueError(f"model: {heads} heads do not divide the width {width}")
+    block = BlockConfig(heads, width // heads, int(width * mlp_ratio))
+    return DiTConfig(width=width, blocks=(block,) * depth, **options)
+
+
+def preset_name(config: DiTConfig) -> str | None:
+    """The preset that a config is, or None."""
+    for size, shape in PRESETS.items():
+        if config.width == shape.width and config.patch in PATCHES:
+            expected = uniform(depth=shape.depth, width=shape.width, heads=shape.heads, patch=config.patch,
+                               input_size=config.input_size, channels=config.channels, classes=config.classes)
+            if config.blocks == expected.blocks:
+                return f"{size}/{config.patch}"
+    return None
+
+
+def twin(config: DiTConfig, head_dim: int = 4) -> DiTConfig:
+    """The tiny twin: same depth, heads, classes and tokens in a model that runs in milliseconds."""
+    width = max(block.heads for block in config.blocks) * head_dim if config.blocks else config.width
+    shrink = width / config.width
+
+    def small(block: BlockConfig) -> BlockConfig:
+        return replace(block, head_dim=head_dim, mlp_width=max(1, round(block.mlp_width * shrink)))
+
+    return replace(config, width=width, blocks=tuple(small(block) for block in config.blocks))
+
+
+class DiT(nn.Module):
+    """A diffusion transformer of the given structure, initialised as the paper does (adaLN-Zero).
+
+    Parameters carry the names of the original DiT's checkpoints.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbedder(config.channels, config.width, config.patch)
+        self.t_embedder = TimestepEmbedder(config.width, config.frequency_shift)
+        self.y_embedder = LabelEmbedder(config.label_rows, config.width)
+        self.register_buffer("pos_embed", position_embedding(config.grid, config.width)[None])
+        self.blocks = nn.ModuleList(Block(config.width, block, config.mlp_norm_eps) for block in config.blocks)
+        self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
+        self.initialise()
+        for name, kind in config.linears.items():
+            replace_linear(self, name, kind)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict noise (and variance, where learned).
+
+        Args:
+            x: (batch, channels, height, width), the noisy input.
+            t: (batch,), timesteps in 0..999, whole or fractional.
+            y: (batch,), integer labels; `config.classes` is the null class.
+
+        Returns:
+            (batch, out_channels, height, width).
+        """
+        tokens = self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (batch, width)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return unpatchify(self.final_layer(tokens, condition), self.config)
+
+    def initialise(self) -> None:
+        """The paper's initialisation: Xavier linears, and zeros wherever a block could speak before it has learned."""
+        if self.pos_embed.device.type == "meta":
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
+                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def use_attention(self, form: AttentionForm) -> None:
+        """Choose how softmax attention is executed in every block."""
+        for block in self.blocks:
+            if isinstance(block.attn, SoftmaxAttention):
+                block.attn.form = form
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (the paper's figure 3, adaLN-Zero)."""
+
+    def __init__(self, width: int, config: BlockConfig, mlp_norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = ATTENTION[config.attention](width, config.heads, config.head_dim)
+        self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=False)
+        self.mlp = MLP(width, config.mlp_width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(batch, tokens, width) and (batch, width) to (batch, tokens, width)."""
+        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # each (batch, 1, width)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm and the projection from a token to the pixels of its patch."""
+
+    def __init__(self, width: int, patch: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.linear = nn.Linear(width, patch * patch * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(batch, tokens, width) to (batch, tokens, patch * patch * out_channels)."""
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PatchEmbedder(nn.Module):
+    """Each patch of the input to one token."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) to (batch, tokens, width), row by row."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """A timestep to a vector: cosines and sines of 128 frequencies, then two linear layers."""
+
+    def __init__(self, width: int, frequency_shift: int) -> None:
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(batch,) to (batch, width)."""
+        return self.mlp(timestep_features(t, self.frequency_shift).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A class to a vector; the last row, where labels were dropped in training, is the null class."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(batch,) to (batch, width)."""
+        return self.embedding_table(y)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def timestep_features(t: Tensor, frequency_shift: int = 0) -> Tensor:
+    """cos and sin of t times geometric frequencies: (batch,) to (batch, 256), float32."""
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - frequency_shift))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_embedding(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed sine-cosine positions of a token grid: (rows * columns, width), columns in the first half.
+
+    MAE's table, which DiT uses (arXiv 2111.06377); any grid, square or not.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+    def encode(position: Tensor) -> Tensor:
+        angles = position[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (tokens, width / 2)
+
+    rows, columns = torch.meshgrid(torch.arange(grid[0], dtype=torch.float64),
+                                   torch.arange(grid[1], dtype=torch.float64), indexing="ij")
+    return torch.cat([encode(columns.flatten()), encode(rows.flatten())], dim=-1).float()
+
+
+def unpatchify(tokens: Tensor, config: DiTConfig) -> Tensor:
+    """(batch, tokens, patch * patch * out_channels) to (batch, out_channels, height, width)."""
+    rows, columns = config.grid
+    patches = tokens.view(-1, rows, columns, config.patch, config.patch, config.out_channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, config.out_channels, *config.input_size)
+
+
+def _require_positive(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where}: {name} must be a whole number above 0, not {value!r}")

@@ -1,0 +1,164 @@
+"""A model with everything it takes to make images of it: the waist between the parts and the two wings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .models.attention import AttentionForm
+from .models.autoencoder import Autoencoder, PixelSpace
+from .models.dit import DiT
+from .sampling.process import Denoise, NoiseProcess
+from .sampling.seeds import ImageNoise, image_labels
+from .sampling.solvers import Sampling, solve
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPLICIT_TOKENS = 512  # up to here the compiled explicit form beat the fused one on CPUs (benchmarks/attention.py)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model is executed; none of it changes the structure or the saved weights.
+
+    Attributes:
+        dtype: of weights and activations during sampling.
+        compile: whether the model is compiled for the batch it runs at.
+        attention: form of softmax attention; `"auto"` is explicit where compiled on a CPU for short sequences.
+
+    Raises:
+        ValueError: a value is unknown.
+    """
+
+    dtype: Dtype = "float32"
+    compile: bool = False
+    attention: Literal["auto", "fused", "explicit"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"runtime: dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if self.attention not in ("auto", "fused", "explicit"):
+            raise ValueError(f"runtime: attention {self.attention!r} is unknown; use auto, fused or explicit")
+
+    def attention_form(self, tokens: int, device: torch.device) -> AttentionForm:
+        """The form that `attention` means for a model of so many tokens on a device."""
+        if self.attention != "auto":
+            return self.attention
+        return "explicit" if self.compile and device.type == "cpu" and tokens <= EXPLICIT_TOKENS else "fused"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model, how noise becomes an image with it, and how it is executed.
+
+    Attributes:
+        model: the DiT, in its stored precision.
+        history: the methods that made it, each as {name: options}, first to last.
+    """
+
+    model: DiT
+    sampling: Sampling = field(default_factory=Sampling)
+    process: NoiseProcess = field(default_factory=NoiseProcess)
+    autoencoder: Autoencoder = field(default_factory=PixelSpace)
+    runtime: Runtime = field(default_factory=Runtime)
+    name: str = ""
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def sample(self, ids: Sequence[int], *, seed: int = 0, batch: int = 32,
+               labels: Sequence[int] | None = None, progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """The images of these ids.
+
+        Noise and label come from (seed, id), so an image does not depend on the batch it is made in.
+
+        Args:
+            labels: classes to use instead of those the ids stand for, one per id.
+            progress: called with the number of images done after every batch.
+
+        Returns:
+            uint8, (len(ids), height, width, channels).
+
+        Raises:
+            ValueError: a label is not one of the model's classes.
+        """
+        chosen = (image_labels(seed, ids, self.model.config.classes) if labels is None
+                  else torch.as_tensor(list(labels), dtype=torch.int64))
+        if len(chosen) != len(ids):
+            raise ValueError(f"{len(ids)} images were asked for with {len(chosen)} labels: give one label per image")
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.model.config.classes:
+            raise ValueError(f"labels must be in 0..{self.model.config.classes - 1}, not {chosen.tolist()}")
+        parts = []
+        for start in range(0, len(ids), batch):
+            parts.append(self._sample_batch(ids[start:start + batch], chosen[start:start + batch], seed, batch))
+            if progress:
+                progress(min(start + batch, len(ids)))
+        return np.concatenate(parts) if parts else np.empty((0, *self.image_size, self.image_channels), np.uint8)
+
+    @torch.inference_mode()
+    def _sample_batch(self, ids: Sequence[int], labels: Tensor, seed: int, batch: int) -> np.ndarray:
+        # A compiled model is compiled for one batch size: the last batch is filled up and cut again.
+        missing = batch - len(ids) if self.runtime.compile else 0
+        filled = [*ids, *[ids[-1]] * missing]
+        config = self.model.config
+        labels = torch.cat([labels, labels[-1:].expand(missing)]).to(self.device)
+        noise = ImageNoise(seed, filled, (config.channels, *config.input_size))
+        latents = solve(self.denoise, self.process, self.sampling, noise, labels, null_class=config.classes,
+                        learn_sigma=config.learn_sigma, device=self.device)
+        return to_uint8(self.autoencoder.decode(latents[:len(ids)].float()))
+
+    @cached_property
+    def denoise(self) -> Denoise:
+        """The model as sampling calls it: float32 in and out, executed as `runtime` says."""
+        dtype = DTYPES[self.runtime.dtype]
+        model = copy.deepcopy(self.model) if dtype != self._stored_dtype() else self.model
+        model = model.to(dtype).eval()
+        model.use_attention(self.runtime.attention_form(model.config.tokens, self.device))
+        forward = torch.compile(model, dynamic=False) if self.runtime.compile else model
+
+        def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return forward(x.to(dtype), t, y).float()
+
+        return denoise
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.buffers()).device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        height, width = self.model.config.input_size
+        return height * self.autoencoder.factor, width * self.autoencoder.factor
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of an image."""
+        return self.autoencoder.image_channels or self.model.config.channels
+
+    def replace(self, **changes: Any) -> Pipeline:
+        """A pipeline with these parts changed; the rest is shared."""
+        return replace(self, **changes)
+
+    def copy(self) -> Pipeline:
+        """A pipeline that shares nothing that can change."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        """The pipeline with its model and autoencoder on a device."""
+        return replace(self, model=self.model.to(device), autoencoder=self.autoencoder.to(device))
+
+    def _stored_dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters()), torch.float32)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images in -1..1, (batch, channels, h, w), to uint8 (batch, h, w, channels): clamped, then rounded half to even."""
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,295 @@
+"""The training loop: the only code that steps an optimizer.
+
+Everything random in a step is drawn from (seed, step, process), so a run that was killed and resumed is the
+uninterrupted run to the bit. One process here; the same command under `accelerate launch` uses many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..files import read_tensors, write_tensors
+from ..models.dit import DiT
+from ..sampling.process import Denoise, LossWeighting, NoiseProcess, training_loss
+from ..sampling.seeds import seeded
+from .data import ImageData
+
+Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how fast to learn.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch: images of one step, over all processes.
+        learning_rate: peak rate of AdamW, reached after `warmup` steps.
+        schedule: `"constant"`, or `"cosine"` down to `final_rate` times the peak.
+        clip: largest gradient norm.
+        ema: decay of the averaged weights, which are the ones kept; it warms up as (1 + step) / (10 + step).
+        weighting: see `training_loss`.
+        precision: `"bf16"` computes in bfloat16 with float32 weights; `"auto"` where the hardware has it.
+        compile: whether to compile the model first.
+        checkpoint_every, log_every: in steps.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    steps: int
+    batch: int = 128
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    schedule: Schedule = "constant"
+    final_rate: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.9999
+    weighting: LossWeighting = "none"
+    precision: Precision = "auto"
+    compile: bool = False
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training: {name} must be at least 1, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"training: learning_rate must be above 0, not {self.learning_rate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"training: ema must be in 0..1 (1 excluded), not {self.ema}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        floor = self.final_rate * self.learning_rate
+        return floor + (self.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step of training sees: clean images, labels (some dropped to the null class), noise and timesteps."""
+
+    clean: Tensor  # (batch, channels, height, width), in -1..1 or latents
+    labels: Tensor  # (batch,)
+    noise: Tensor  # like clean
+    t: Tensor  # (batch,)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, as its progress bar and its curve say."""
+
+    step: int
+    steps: int
+    images: int
+    loss: float
+    rate: float
+    images_per_second: float
+    seconds: float
+
+
+Loss = Callable[[Denoise, Batch], Tensor]
+"""(model, batch) to the loss per image, (batch,)."""
+
+
+def denoising_loss(process: NoiseProcess, weighting: LossWeighting = "none") -> Loss:
+    """DiT's own training loss."""
+
+    def loss(model: Denoise, batch: Batch) -> Tensor:
+        noisy = process.add_noise(batch.clean, batch.noise, batch.t)
+        return training_loss(process, model(noisy, batch.t, batch.labels), batch.clean, batch.noise, batch.t, weighting)
+
+    return loss
+
+
+def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfig, folder: Path, *,
+          loss: Loss | None = None, resume: bool = False, device: str | None = None,
+          report: Callable[[Progress], None] = lambda progress: None) -> DiT:
+    """Train `model` in place and return it with its averaged (EMA) weights.
+
+    Writes `folder/checkpoint.safetensors` every `checkpoint_every` steps, atomically, and `folder/curve.jsonl`, a line
+    per report. With `resume`, goes on from the checkpoint; the result is that of an uninterrupted run, bit for bit, on
+    the same machine and number of processes.
+
+    Raises:
+        ValueError: the checkpoint belongs to another configuration, or the loss is not finite.
+        FileExistsError: the folder holds a checkpoint and `resume` is False.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(config.precision, device) else "no",
+                              cpu=device == "cpu" or not torch.cuda.is_available())
+    if config.batch % accelerator.num_processes:
+        raise ValueError(f"training: {accelerator.num_processes} processes do not divide a batch of {config.batch}")
+    checkpoint, curve = folder / "checkpoint.safetensors", folder / "curve.jsonl"
+    if checkpoint.exists() and not resume:
+        raise FileExistsError(f"{folder} holds a training run: add --resume to go on with it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    model.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    state = TrainState(model, optimizer, config)
+    start = state.load(checkpoint) if checkpoint.exists() else 0
+    trim_curve(curve, start)
+
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    forward = torch.compile(wrapped) if config.compile else wrapped
+    compute_loss = loss or denoising_loss(process, config.weighting)
+    batches = draw_batches(model, process, data, config, start, accelerator.process_index, accelerator.num_processes)
+
+    began, since, losses = time.monotonic(), start, []
+    for step, batch in zip(range(start, config.steps), batches, strict=False):
+        batch = Batch(*(tensor.to(accelerator.device) for tensor in
+                        (batch.clean, batch.labels, batch.noise, batch.t)))
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        value = compute_loss(forward, batch).mean()
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.average(step)
+        losses.append(value.detach())
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            mean = accelerator.gather(torch.stack(losses)).mean().item()
+            if not math.isfinite(mean):
+                raise ValueError(f"training: the loss is {mean} at step {done}; lower the learning rate and resume "
+                                 f"from {checkpoint}")
+            seconds = time.monotonic() - began
+            progress = Progress(done, config.steps, done * config.batch, mean, config.rate(step),
+                                (done - since) * config.batch / seconds, seconds)
+            if accelerator.is_main_process:
+                append_line(curve, asdict(progress))
+                report(progress)
+            began, since, losses = time.monotonic(), done, []
+        if (done % config.checkpoint_every == 0 or done == config.steps) and accelerator.is_main_process:
+            state.save(checkpoint, done)
+    accelerator.wait_for_everyone()
+    state.take_average()
+    return model.eval()
+
+
+class TrainState:
+    """A model, its running average and its optimizer, as one file of tensors."""
+
+    def __init__(self, model: DiT, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.parameters = dict(model.named_parameters())
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Move the average a little towards the weights."""
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Give the model its averaged weights."""
+        for name, p in self.parameters.items():
+            p.copy_(self.ema[name])
+
+    def save(self, path: Path, step: int) -> None:
+        """Write everything a resumed run needs, atomically."""
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"model.{name}"], tensors[f"ema.{name}"] = p.detach(), self.ema[name]
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        write_tensors(path, tensors, {"step": str(step), "model": json.dumps(self.model.config.to_dict()),
+                                      "training": json.dumps(asdict(self.config))})
+
+    @torch.no_grad()
+    def load(self, path: Path) -> int:
+        """Take the state from a file and return the number of steps done."""
+        tensors, metadata = read_tensors(path)
+        self.check(path, metadata)
+        for name, p in self.parameters.items():
+            p.copy_(tensors[f"model.{name}"])
+            self.ema[name].copy_(tensors[f"ema.{name}"])
+            self.optimizer.state[p] = {
+                key: value if key == "step" else value.to(p.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if (value := tensors.get(f"optimizer.{key}.{name}")) is not None}
+        return int(metadata["step"])
+
+    def check(self, path: Path, metadata: dict[str, str]) -> None:
+        """Refuse the checkpoint of another run: only the length and how often it reports may change."""
+        free = {"steps", "checkpoint_every", "log_every", "compile"}
+        then, now = json.loads(metadata["training"]), asdict(self.config)
+        changed = [name for name in now if name not in free and then.get(name) != now[name]]
+        if json.loads(metadata["model"]) != json.loads(json.dumps(self.model.config.to_dict())):
+            changed.append("the model's structure")
+        if changed:
+            raise ValueError(f"{path} belongs to another run: {', '.join(changed)} changed; use the settings it began "
+                             f"with, or another folder")
+
+
+def draw_batches(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfig, start: int, rank: int,
+                 ranks: int) -> Iterator[Batch]:
+    """Batches from step `start` on, this process's share of each: epoch after epoch, shuffled anew."""
+    share = config.batch // ranks
+    order, epoch = torch.empty(0, dtype=torch.int64), -1
+    step = start
+    while True:
+        first = step * config.batch + rank * share
+        indices = []
+        for position in range(first, first + share):
+            if position // len(data) != epoch:
+                epoch = position // len(data)
+                order = torch.randperm(len(data), generator=seeded(config.seed, "epoch", epoch))
+            indices.append(order[position % len(data)])
+        generator = seeded(config.seed, "step", step, rank)
+        clean, labels = data.batch(torch.stack(indices), generator)
+        dropped = torch.rand(share, generator=generator) < model.config.label_dropout
+        yield Batch(clean, torch.where(dropped, model.config.classes, labels),
+                    torch.randn(clean.shape, generator=generator),
+                    torch.randint(0, process.steps, (share,), generator=generator))
+        step += 1
+
+
+def uses_bf16(precision: Precision, device: str | None) -> bool:
+    """Whether to compute in bfloat16: asked for, or `"auto"` on hardware that multiplies it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available() and device != "cpu":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Add a JSON line to a log."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def trim_curve(path: Path, step: int) -> None:
+    """Forget the lines a killed run wrote after its last checkpoint; the resumed run will write them again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model learned."""
+    return sum(p.numel() for p in model.parameters())
