@@ -1,0 +1,115 @@
+"""What a model costs by computation, not by clock: multiply-accumulates, parameters and bytes.
+
+MACs are exact, counted from the config alone, attention included. What the literature calls "GFLOPs" of a DiT are
+GMACs (DiT-XL/2 at 256x256: 118.6); a FLOP count is twice the MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from ..models.dit import FREQUENCIES, BlockConfig, DiT, DiTConfig
+from ..sampling.process import NoiseProcess
+from ..sampling.solvers import Sampling, evaluations
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one forward pass of one image, by the part that makes them.
+
+    Attributes:
+        embedding: patches to tokens.
+        condition: the two linear layers of the timestep embedding; the label is a look-up.
+        modulation: the adaLN layers of the blocks and of the final layer, once per image.
+        attention_linears: qkv and the output projection.
+        attention_mixing: scores and weighted sums, fused or not.
+        mlp: both linear layers of every block.
+        output: the final linear layer.
+    """
+
+    embedding: int
+    condition: int
+    modulation: int
+    attention_linears: int
+    attention_mixing: int
+    mlp: int
+    output: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: a multiplication and an addition for every MAC."""
+        return 2 * self.total
+
+
+def macs(config: DiTConfig) -> Macs:
+    """Multiply-accumulates of one forward pass of one image.
+
+    Norms, activations, biases and additions are left out, as is the field's custom. A layer of packed integers counts
+    as the layer it replaced.
+
+    Raises:
+        ValueError: a block has an attention kind that this count does not know.
+    """
+    width, tokens, patch_area = config.width, config.tokens, config.patch**2
+    attention = [_attention_macs(block, width, tokens) for block in config.blocks]
+    return Macs(
+        embedding=tokens * patch_area * config.channels * width,
+        condition=FREQUENCIES * width + width * width,
+        modulation=(6 * len(config.blocks) + 2) * width * width,
+        attention_linears=sum(linears for linears, _ in attention),
+        attention_mixing=sum(mixing for _, mixing in attention),
+        mlp=sum(2 * tokens * width * block.mlp_width for block in config.blocks),
+        output=tokens * width * patch_area * config.out_channels,
+    )
+
+
+def run_macs(config: DiTConfig, process: NoiseProcess, sampling: Sampling) -> int:
+    """Multiply-accumulates of a whole sampling run of one image: every step, guidance counted."""
+    return macs(config).total * evaluations(process, sampling)
+
+
+def parameters(config: DiTConfig) -> int:
+    """Numbers that make up the model, whatever precision stores them.
+
+    As in the literature's counts, the fixed position embedding (tokens x width) is among them: the original DiT holds
+    it as a frozen parameter.
+    """
+    with torch.device("meta"):
+        model = DiT(replace(config, linears={}))
+    return sum(p.numel() for p in model.parameters()) + config.tokens * config.width
+
+
+def file_bytes(saved: Path) -> int:
+    """Size of a saved model: bytes of its .safetensors files, anywhere in the folder, or of the one file.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = [saved] if saved.is_file() else sorted(saved.rglob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{saved} holds no .safetensors file: name the folder of a saved model")
+    return sum(file.stat().st_size for file in files)
+
+
+def _attention_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
+    if block.attention not in ATTENTION_MACS:
+        raise ValueError(f"cost: attention {block.attention!r} has no MAC count; add one to ATTENTION_MACS")
+    return ATTENTION_MACS[block.attention](block, width, tokens)
+
+
+def _softmax_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
+    inner = block.heads * block.head_dim
+    return 4 * tokens * width * inner, 2 * tokens * tokens * inner
+
+
+ATTENTION_MACS: Mapping[str, Callable[[BlockConfig, int, int], tuple[int, int]]] = {"softmax": _softmax_macs}
+"""MACs of (linears, mixing) by attention kind, from (block, width, tokens)."""

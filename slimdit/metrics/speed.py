@@ -1,0 +1,196 @@
+"""What a model costs by the clock: times side by side, latency, throughput and peak memory.
+
+A speed-up is a ratio measured in one run, baseline and variant in turn, so that a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Clock = Callable[[], float]
+"""Seconds since some moment, as time.perf_counter."""
+
+WORKER_ENVIRONMENT = {
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""Environment of a process that is timed: glibc keeps freed memory instead of faulting it in anew at every step, which
+costs up to a tenth of the time and differs from run to run."""
+
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """A variant's speed against a baseline's.
+
+    Attributes:
+        ratio: median over rounds of baseline seconds / variant seconds; above 1, the variant is faster.
+        low, high: 95 % bootstrap interval of that median.
+        rounds: pairs timed.
+        baseline_seconds, variant_seconds: medians of one call.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+    baseline_seconds: float
+    variant_seconds: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a call takes, in seconds: the median, the 95th percentile and how many calls they are from."""
+
+    p50: float
+    p95: float
+    repeats: int
+
+
+@dataclass
+class PeakMemory:
+    """The most memory a block held, filled in when it ends.
+
+    Attributes:
+        bytes: the peak, less the starting bytes.
+        source: where it was read: "cuda allocator", "VmHWM" (the peak of this block), or "ru_maxrss" (the peak since
+            the process began, where the system cannot reset it).
+    """
+
+    bytes: int = 0
+    source: str = ""
+
+
+def interleaved(baseline: Callable[[], Any], variant: Callable[[], Any], rounds: int = 20, warmup: int = 3, *,
+                clock: Clock = time.perf_counter, seed: int = 0) -> SpeedComparison:
+    """Time two calls in turn: baseline, variant, baseline, variant.
+
+    Args:
+        rounds: pairs that count.
+        warmup: pairs before them that do not.
+
+    Raises:
+        ValueError: rounds is below 1, or warmup below 0.
+    """
+    _require_counts(rounds=rounds, warmup=warmup)
+    pairs = [(_seconds(baseline, clock), _seconds(variant, clock)) for _ in range(warmup + rounds)][warmup:]
+    times = np.array(pairs)
+    ratios = times[:, 0] / times[:, 1]
+    low, high = _median_interval(ratios, seed)
+    return SpeedComparison(float(np.median(ratios)), low, high, rounds, float(np.median(times[:, 0])),
+                           float(np.median(times[:, 1])))
+
+
+def latency(call: Callable[[], Any], repeats: int = 20, warmup: int = 3, *,
+            clock: Clock = time.perf_counter) -> Latency:
+    """Seconds of one call.
+
+    Raises:
+        ValueError: repeats is below 1, or warmup below 0.
+    """
+    _require_counts(repeats=repeats, warmup=warmup)
+    times = [_seconds(call, clock) for _ in range(warmup + repeats)][warmup:]
+    return Latency(float(np.percentile(times, 50)), float(np.percentile(times, 95)), repeats)
+
+
+def throughput(call: Callable[[], Any], images: int, repeats: int = 5, warmup: int = 1, *,
+               clock: Clock = time.perf_counter) -> float:
+    """Images per second of a call that makes so many, over all repeats together.
+
+    Raises:
+        ValueError: images or repeats is below 1, or warmup below 0.
+    """
+    _require_counts(images=images, repeats=repeats, warmup=warmup)
+    for _ in range(warmup):
+        _seconds(call, clock)
+    return images * repeats / _seconds(lambda: [call() for _ in range(repeats)], clock)
+
+
+@contextmanager
+def peak_memory(device: torch.device | str = "cpu", starting_bytes: int = 0, *,
+                proc: Path = Path("/proc/self")) -> Iterator[PeakMemory]:
+    """The most memory held while a block runs; warm up before it.
+
+    On CUDA what PyTorch's allocator handed out, on a CPU the resident set of this process. Weights that are already
+    loaded count: they are part of the cost.
+
+    Args:
+        starting_bytes: what to leave out: `resident_bytes()` of the fresh process, its interpreter and libraries.
+    """
+    peak = PeakMemory()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        total, peak.source = torch.cuda.max_memory_allocated(device), "cuda allocator"
+    else:
+        resets = _reset_resident_peak(proc)
+        yield peak
+        total, peak.source = (_status_bytes(proc, "VmHWM"), "VmHWM") if resets else (_rusage_bytes(), "ru_maxrss")
+    peak.bytes = max(0, total - starting_bytes)
+
+
+def resident_bytes(*, proc: Path = Path("/proc/self")) -> int:
+    """Memory this process holds now; where the system does not say, the most it has held."""
+    return _status_bytes(proc, "VmRSS") if (proc / "status").exists() else _rusage_bytes()
+
+
+def _seconds(call: Callable[[], Any], clock: Clock) -> float:
+    _finish_kernels()
+    began = clock()
+    call()
+    _finish_kernels()
+    return clock() - began
+
+
+def _finish_kernels() -> None:
+    """Wait for what a GPU was asked to do: it answers before it has done it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _median_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        least = 0 if name == "warmup" else 1
+        if count < least:
+            raise ValueError(f"speed: {name} must be at least {least}, not {count}")
+
+
+def _reset_resident_peak(proc: Path) -> bool:
+    """Let VmHWM begin anew (Linux: 5 in clear_refs); whether that can be done here."""
+    try:
+        (proc / "clear_refs").write_text("5")
+        return _status_bytes(proc, "VmHWM") > 0
+    except (OSError, ValueError):
+        return False
+
+
+def _status_bytes(proc: Path, name: str) -> int:
+    for line in (proc / "status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024  # the file says kB and means KiB
+    raise ValueError(f"{proc / 'status'} has no {name}")
+
+
+def _rusage_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
