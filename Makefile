@@ -1,0 +1,55 @@
+# Two commands do everything: `make demo` measures the bundled model, `make test` runs the tests.
+# Both install what they need into .venv first; nothing outside this folder is changed.
+
+PYTHON ?= python3
+# Which build of PyTorch: `make TORCH="torch --index-url URL"` takes it from the index at URL instead.
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/installed
+
+# What the caller's shell holds must not decide what runs here; tests and demo need no network.
+unexport PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE := 1
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench tables clean
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## install slimdit and what its tests need into .venv
+
+demo: $(INSTALLED) ## measure the bundled model and its recipes; a second run repeats nothing finished
+	$(BIN)/slimdit bench --out runs/demo --resume
+
+test: lint ## check the code, then run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## measure what results/demo lacks: the records that the README's table is rendered from
+	$(BIN)/slimdit bench --out results/demo --resume
+
+tables: $(INSTALLED) ## render the README's table from its records
+	$(BIN)/slimdit report results/demo --update README.md
+
+clean: ## remove the environment and the caches; runs/ and results/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build slimdit.egg-info
+
+# PyTorch comes before whatever needs it and without its dependencies, so that TORCH decides its build and nothing
+# else; they follow with the rest. setuptools is pinned too, so slimdit's own build is not isolated from it.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "slimdit needs Python 3.11 or newer and $(PYTHON) is not: make PYTHON=/path/to/one" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) setuptools
+	$(PIP) install --quiet --no-deps --constraint $(CONSTRAINTS) $(TORCH)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	@touch $@

@@ -1,0 +1,64 @@
+"""Two forms of the same softmax attention: PyTorch's fused kernel, and matrix product, softmax, matrix product.
+
+    python -m benchmarks.attention
+
+`ratio` is how many times faster the explicit form (b) is than the fused one (a): above 1, explicit wins. It decides
+what `Runtime(attention="auto")` means (`EXPLICIT_TOKENS` in `slimdit/pipeline.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimdit.models.attention import AttentionForm, SoftmaxAttention
+
+from .result import compare, show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the fused and the explicit form of softmax attention.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
+                        default=["bfloat16", "float32"])
+    parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled", "eager"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    rows = [measure(tokens=tokens, dtype=dtype, compiled=mode == "compiled", batch=options.batch, heads=options.heads,
+                    head_dim=options.head_dim, rounds=options.rounds)
+            for mode, dtype, tokens in product(options.modes, options.dtypes, options.tokens)]
+    show("attention", rows)
+
+
+@torch.inference_mode()
+def measure(*, tokens: int, dtype: str, compiled: bool, batch: int, heads: int, head_dim: int,
+            rounds: int) -> dict[str, Any]:
+    """Time both forms of one attention layer, its projections included, on the same weights and input."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    width = heads * head_dim
+    x = torch.randn(batch, tokens, width, device=device, dtype=getattr(torch, dtype))
+    fused = attention("fused", x, heads, head_dim, compiled)
+    explicit = attention("explicit", x, heads, head_dim, compiled)
+    return {"tokens": tokens, "dtype": dtype, "compiled": compiled, "batch": batch, "heads": heads,
+            "head_dim": head_dim, **compare(fused, explicit, rounds)}
+
+
+def attention(form: AttentionForm, x: Tensor, heads: int, head_dim: int, compiled: bool) -> Callable[[], Tensor]:
+    """A call of one attention layer on x, (batch, tokens, width)."""
+    layer = SoftmaxAttention(x.shape[-1], heads, head_dim).to(x.device, x.dtype).eval()
+    layer.form = form
+    forward = torch.compile(layer, dynamic=False) if compiled else layer
+    return lambda: forward(x)
+
+
+if __name__ == "__main__":
+    main()

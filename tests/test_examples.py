@@ -1,0 +1,125 @@
+"""The examples and the benchmarks run as their pages say, on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimdit import Pipeline, Sampling
+from slimdit.context import Context, Refused
+from slimdit.models.dit import uniform
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def method_example():
+    return importlib.import_module("examples.add_a_method")
+
+
+@pytest.fixture
+def tiny():
+    return uniform(depth=4, width=16, heads=2, patch=4, input_size=(16, 16), channels=1, classes=3)
+
+
+def test_quickstart_compares_a_pipeline_with_its_cheaper_self(tmp_path, tiny, method_example):
+    quickstart = importlib.import_module("examples.quickstart")
+    pipeline = Pipeline(method_example.random_twin(tiny), Sampling(steps=8))
+
+    facts = quickstart.compare(pipeline, images=3, steps=2, folder=tmp_path)
+
+    assert facts["MACs per image, ratio"] == pytest.approx(4)
+    assert facts["size ratio"] > 1
+    assert 0 < facts["PSNR, dB"] < 100  # alike, not the same to the bit
+    assert -1 <= facts["SSIM"] <= 1
+
+
+def test_quickstart_runs_as_a_script_on_a_saved_model(tmp_path, tiny, method_example, monkeypatch, capsys):
+    import slimdit
+
+    slimdit.save(Pipeline(method_example.random_twin(tiny), Sampling(steps=4)), tmp_path / "model")
+    out = run_script("examples/quickstart.py", ["--model", str(tmp_path / "model"), "--images", "2", "--steps", "2"],
+                     monkeypatch, capsys)
+    assert [line.split()[0] for line in out.splitlines()] == ["PSNR,", "SSIM", "size", "MACs"]
+
+
+def test_a_method_keeps_the_blocks_it_was_told_to(tiny, method_example):
+    before, after, witness = method_example.rehearse(method_example.KeepBlocks((0, 3)), tiny)
+
+    assert witness == {"blocks_before": 4, "blocks_after": 2}
+    assert len(before.model.blocks) == 4
+    for old, new in ((0, 0), (3, 1)):
+        for name, tensor in before.model.blocks[old].state_dict().items():
+            assert torch.equal(tensor, after.model.blocks[new].state_dict()[name])
+
+
+def test_a_method_that_keeps_everything_changes_nothing(tiny, method_example):
+    before, after, _ = method_example.rehearse(method_example.KeepBlocks((0, 1, 2, 3)), tiny)
+    assert (before.sample([0, 1], batch=2) == after.sample([0, 1], batch=2)).all()
+
+
+def test_a_method_refuses_what_it_cannot_do(tiny, method_example, tmp_path):
+    pipeline = Pipeline(method_example.random_twin(tiny))
+    context = Context(teacher=pipeline, folder=tmp_path)
+    with pytest.raises(Refused, match="no block 4; its last is 3"):
+        method_example.KeepBlocks((0, 4)).apply(pipeline, context)
+    for wrong in ((), (2, 1), (1, 1), (-1, 2)):
+        with pytest.raises(ValueError, match="ascending order"):
+            method_example.KeepBlocks(wrong)
+
+
+def test_the_method_example_runs_as_a_script(monkeypatch, capsys):
+    out = run_script("examples/add_a_method.py", ["--keep", "0", "5"], monkeypatch, capsys)
+    assert "'blocks_before': 6, 'blocks_after': 2" in out
+    assert "two images: (2, 32, 32, 1)" in out
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("gelu", ["--batch", "2", "--width", "16", "--depth", "1", "--rounds", "2", "--eager"]),
+    ("attention", ["--tokens", "16", "--modes", "eager", "--dtypes", "float32", "--batch", "1", "--rounds", "2"]),
+])
+def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    importlib.import_module(f"benchmarks.{name}").main()
+
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row, = result["rows"]
+    assert result["benchmark"] == name
+    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert row["rounds"] == 2
+    assert result["provenance"]["command"] == f"python -m benchmarks.{name} {' '.join(arguments)}"
+
+
+def test_the_benchmarked_forms_compute_the_same():
+    gelu = importlib.import_module("benchmarks.gelu")
+    attention = importlib.import_module("benchmarks.attention")
+    model = uniform(depth=1, width=16, heads=2, patch=4, input_size=(8, 8), channels=1, classes=3)
+    block = gelu.DiT(model).blocks[0].mlp
+    plain = gelu.TanhMLP(block.fc1.in_features, block.fc1.out_features)
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(block(x), plain(x), atol=1e-6)
+
+    outputs = []
+    for form in ("fused", "explicit"):
+        torch.manual_seed(0)
+        outputs.append(attention.attention(form, x, 2, 8, compiled=False)())
+    assert torch.allclose(*outputs, atol=1e-6)
+
+
+def run_script(path: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch,
+               capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(str(ROOT / path), run_name="__main__")
+    return capsys.readouterr().out
