@@ -1,0 +1,33 @@
+"""Methods: one file changes a pipeline in one way. Add yours: a frozen dataclass with `apply`, and a line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from .compile import Compile
+from .quantize import Quantize
+from .reduce_steps import ReduceSteps
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..pipeline import Pipeline
+
+
+class Method(Protocol):
+    """What a recipe is made of. Its fields are its options, checked as it is made."""
+
+    def apply(self, pipeline: Pipeline, context: Context) -> Pipeline:
+        """The changed pipeline. May change the given model in place: the caller uses what is returned.
+
+        Raises:
+            Refused: the pipeline is not one this method can change; the sentence says what to do instead.
+        """
+
+
+METHODS: Mapping[str, type] = {
+    "reduce_steps": ReduceSteps,
+    "quantize": Quantize,
+    "compile": Compile,
+}
+"""Methods by the name a recipe gives."""

@@ -1,0 +1,54 @@
+"""What a method may use besides the pipeline it is given, and how it refuses one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .training.data import ImageData
+
+
+class Refused(ValueError):  # noqa: N818 (a rule speaks; nothing went wrong)
+    """A rule says no: one sentence with what is wrong and what to do instead."""
+
+    exit_code = 3  # of the command line
+
+
+def require(condition: object, sentence: str) -> None:
+    """Refuse with a sentence unless the condition holds.
+
+    Raises:
+        Refused: it does not.
+    """
+    if not condition:
+        raise Refused(sentence)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may use.
+
+    Attributes:
+        teacher: the pipeline before the first method; never changed.
+        folder: where this method may write.
+        data: images to learn or calibrate from, where there are any.
+        device: `"cpu"`, `"cuda"`, as the pipeline's own.
+        report: told a line of progress now and then.
+        witnesses: what was changed so far, one entry per method.
+    """
+
+    teacher: Pipeline
+    folder: Path
+    data: ImageData | None = None
+    device: str = "cpu"
+    seed: int = 0
+    report: Callable[[str], None] = lambda line: None
+    witnesses: list[dict[str, Any]] = field(default_factory=list)
+
+    def witness(self, **facts: Any) -> None:
+        """Put on record what a method changed, once per method: numbers and short texts that JSON can hold."""
+        self.witnesses.append(facts)

@@ -1,0 +1,36 @@
+"""Changing a model's layers in place: the only code that does, so that its config always says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from .dit import DiT
+from .linear import pack_linear
+
+# The embedders stay float: they are a handful of rows, and every token's numbers begin with them.
+PACKABLE = ("blocks.", "final_layer.")
+
+
+def packable_linears(model: DiT) -> list[str]:
+    """Names of the float linear layers that can be packed, in the order the model runs them in."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(PACKABLE)]
+
+
+def pack_linears(model: DiT, kinds: Mapping[str, str]) -> None:
+    """Quantize layers in place to the kinds of `models/linear.py`, by name.
+
+    Raises:
+        ValueError: a kind is unknown, or a name is not a float linear layer.
+    """
+    for name, kind in kinds.items():
+        pack_linear(model, name, kind)
+    model.config = replace(model.config, linears={**model.config.linears, **kinds})
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of everything a saved model stores."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -1,0 +1,225 @@
+"""What every method promises, and what each says it changed."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from slimdit.context import Context, Refused
+from slimdit.methods import METHODS
+from slimdit.methods.compile import Compile
+from slimdit.methods.quantize import Quantize
+from slimdit.methods.reduce_steps import ReduceSteps
+from slimdit.models.dit import DiT, uniform
+from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
+from slimdit.models.surgery import weight_bytes
+from slimdit.pipeline import Pipeline, Runtime
+from slimdit.recipe import Recipe, apply, config_mismatch, fingerprint, rehearse, run
+from slimdit.sampling.solvers import Sampling
+
+SMALL = uniform(depth=2, width=16, heads=2, patch=2, input_size=(8, 8), channels=1, classes=3)
+STEPS = 8
+
+EXAMPLES = {
+    "reduce_steps": ReduceSteps(3, solver="dpmpp_2m"),
+    "quantize weight-only": Quantize(),
+    "quantize dynamic": Quantize(activations="int8"),
+    "compile": Compile(),
+}
+"""Every method as it is meant to be used; a method without an example here fails the first test."""
+
+NEUTRAL = {
+    "reduce_steps": ReduceSteps(STEPS),
+    "quantize": Quantize(skip=("*",)),
+    "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
+}
+
+
+def small_pipeline(config=SMALL) -> Pipeline:
+    model = DiT(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # trained models are nowhere zero
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return Pipeline(model, Sampling(steps=STEPS, guidance=1.5))
+
+
+def images(pipeline: Pipeline) -> np.ndarray:
+    """Four images without the compiler, which changes no more than rounding and takes its time."""
+    runtime = Runtime(pipeline.runtime.dtype, attention=pipeline.runtime.attention)
+    return pipeline.replace(runtime=runtime).sample(range(4), seed=3, batch=4)
+
+
+def apply_once(method, pipeline, tmp_path):
+    context = Context(pipeline, tmp_path)
+    return apply(method, pipeline.copy(), context), context.witnesses[0]
+
+
+def test_every_method_is_under_this_contract():
+    assert {type(method) for method in EXAMPLES.values()} == set(METHODS.values())
+    assert set(NEUTRAL) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_is_a_frozen_dataclass_in_the_file_of_its_name(name):
+    method = METHODS[name]
+    assert importlib.import_module(f"slimdit.methods.{name}").__dict__[method.__name__] is method
+    assert method.__dataclass_params__.frozen
+    assert "Attributes:" in method.__doc__ and "Raises:" in method.__doc__
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_config_is_the_truth_about_names_shapes_and_types(name, tmp_path):
+    changed, _ = apply_once(EXAMPLES[name], small_pipeline(), tmp_path)
+    assert config_mismatch(changed.model) == ""
+    rebuilt = DiT(type(changed.model.config).from_dict(changed.model.config.to_dict()))
+    rebuilt.load_state_dict(changed.model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_same_seed_same_result(name, tmp_path):
+    first, second = (apply_once(EXAMPLES[name], small_pipeline(), tmp_path)[0] for _ in range(2))
+    assert fingerprint(first) == fingerprint(second)
+    assert (images(first) == images(second)).all()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_run_leaves_the_callers_pipeline_alone_and_its_result_reloads_to_the_bit(name, tmp_path):
+    from slimdit.formats import load
+
+    pipeline = small_pipeline()
+    before, pictures = fingerprint(pipeline), images(pipeline)
+    result = run(Recipe("one", (EXAMPLES[name],)), pipeline, Context(pipeline, tmp_path))
+    assert fingerprint(pipeline) == before and (images(pipeline) == pictures).all()
+    reloaded = load(str(tmp_path))
+    assert fingerprint(reloaded) == fingerprint(result)
+    assert reloaded.history == result.history
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 3])
+    assert torch.equal(reloaded.model.eval()(x, t, y), result.model.eval()(x, t, y))
+    assert (images(reloaded) == images(result)).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_neutral_settings_change_nothing(name, tmp_path):
+    pipeline = small_pipeline()
+    changed, _ = apply_once(NEUTRAL[name], pipeline, tmp_path)
+    plain = changed.replace(runtime=pipeline.runtime) if name == "compile" else changed
+    assert fingerprint(plain) == fingerprint(pipeline)
+    assert (images(changed) == images(pipeline)).all()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_keeps_images_near_the_teachers(name, tmp_path):
+    pipeline = small_pipeline()
+    changed, _ = apply_once(EXAMPLES[name], pipeline, tmp_path)
+    difference = np.abs(images(changed).astype(float) - images(pipeline)).mean()
+    other = np.abs(pipeline.sample(range(4, 8), seed=3, batch=4).astype(float) - images(pipeline)).mean()
+    assert difference < 0.5 * other
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_history_and_witness_name_the_method(name, tmp_path):
+    changed, witness = apply_once(EXAMPLES[name], small_pipeline(), tmp_path)
+    (entry,) = changed.history
+    assert METHODS[next(iter(entry))] is type(EXAMPLES[name])
+    assert witness["method"] in entry and len(witness) > 1
+
+
+class TestReduceSteps:
+    def test_witness_counts_guided_evaluations_twice(self, tmp_path):
+        changed, witness = apply_once(ReduceSteps(3, "unipc", guidance_interval=(0, 700)), small_pipeline(), tmp_path)
+        assert (witness["evaluations_before"], witness["evaluations_after"]) == (16, 5)
+        assert changed.sampling == Sampling("unipc", 3, guidance=1.5, guidance_interval=(0, 700))
+
+    def test_what_reduces_nothing_is_refused(self, tmp_path):
+        with pytest.raises(Refused, match="evaluated 16 times per image before and 18 times after"):
+            apply_once(ReduceSteps(9), small_pipeline(), tmp_path)
+        with pytest.raises(Refused, match="reduce nothing"):
+            apply_once(ReduceSteps(STEPS, "unipc"), small_pipeline(), tmp_path)
+
+    def test_timesteps_of_another_number_are_set_aside(self, tmp_path):
+        pipeline = small_pipeline()
+        listed = pipeline.replace(sampling=Sampling(steps=4, timesteps=(999, 700, 400, 100)))
+        assert apply_once(ReduceSteps(3), listed, tmp_path)[0].sampling.timesteps is None
+        assert apply_once(ReduceSteps(4), listed, tmp_path)[0].sampling.timesteps == (999, 700, 400, 100)
+        chosen = apply_once(ReduceSteps(2, timesteps=(999, 500)), listed, tmp_path)[0]
+        assert chosen.sampling.timesteps == (999, 500)
+
+    @pytest.mark.parametrize("options, sentence", [
+        ({"steps": 0}, "steps must be"), ({"solver": "x"}, "solver"), ({"steps": 2, "timesteps": (5,)}, "timesteps")])
+    def test_bad_options_are_refused_at_once(self, options, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            ReduceSteps(**options)
+
+
+class TestQuantize:
+    def test_packs_the_blocks_and_keeps_adaln_weight_only(self, tmp_path):
+        changed, witness = apply_once(Quantize(activations="int8"), small_pipeline(), tmp_path)
+        block = changed.model.blocks[1]
+        tokenwise = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        assert all(type(layer) is Int8Dynamic for layer in tokenwise)
+        assert type(block.adaLN_modulation[1]) is Int8WeightOnly
+        assert type(changed.model.final_layer.linear) is torch.nn.Linear
+        assert witness["layers"] == {"int8_dynamic": 8, "int8_weight_only": 2} and witness["layers_left_float"] == 2
+        assert witness["bytes_after"] == weight_bytes(changed.model) < 0.75 * witness["bytes_before"]
+
+    def test_a_large_model_shrinks_to_near_a_quarter(self, tmp_path):
+        config = uniform(depth=2, width=256, heads=4, patch=4, input_size=(8, 8), channels=1, classes=3)
+        _, witness = apply_once(Quantize(), small_pipeline(config), tmp_path)
+        assert witness["bytes_after"] < 0.45 * witness["bytes_before"]  # two blocks; the float embedders weigh here
+
+    def test_patterns_choose(self, tmp_path):
+        method = Quantize(layers=("*.mlp.*", "final_layer.linear"), skip=("blocks.0.*",))
+        changed, _ = apply_once(method, small_pipeline(), tmp_path)
+        assert set(changed.model.config.linears) == {"blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "final_layer.linear"}
+
+    @pytest.mark.parametrize("option", ["layers", "skip"])
+    def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(self, option, tmp_path):
+        with pytest.raises(Refused, match=rf"{option} pattern 'blocks.1.mlp.fc3' .* nearest is 'blocks.1.mlp.fc"):
+            apply_once(Quantize(**{option: ("blocks.1.mlp.fc3",)}), small_pipeline(), tmp_path)
+
+    def test_a_packed_model_is_refused(self, tmp_path):
+        once, _ = apply_once(Quantize(), small_pipeline(), tmp_path)
+        with pytest.raises(Refused, match="10 layers are packed already: quantize once"):
+            apply_once(Quantize(), once, tmp_path)
+
+    def test_unsupported_numbers_say_what_is(self):
+        with pytest.raises(ValueError, match='weights can be "int8", activations "int8" or left out'):
+            Quantize(weights="int4")
+
+    def test_runs_in_bfloat16_near_the_float_images(self, tmp_path):
+        pipeline = small_pipeline()
+        changed, _ = apply_once(Quantize(activations="int8"), pipeline, tmp_path)
+        low = changed.replace(runtime=Runtime("bfloat16"))
+        assert np.abs(images(low).astype(float) - images(changed)).mean() < 5
+
+
+class TestCompile:
+    def test_sets_the_runtime_only(self, tmp_path):
+        changed, witness = apply_once(Compile(dtype="bfloat16", attention="explicit"), small_pipeline(), tmp_path)
+        assert changed.runtime == Runtime("bfloat16", compile=True, attention="explicit")
+        assert witness == {"method": "compile", "dtype": "bfloat16", "dtype_before": "float32"}
+
+    def test_auto_is_bfloat16_where_the_hardware_has_it(self, monkeypatch):
+        for native in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+            assert Compile().precision("cpu") == ("bfloat16" if native else "float32")
+
+    def test_unknown_options_are_refused(self):
+        with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
+            Compile(dtype="int8")
+        with pytest.raises(ValueError, match="attention 'flash' is unknown"):
+            Compile(attention="flash")
+
+    @pytest.mark.slow
+    def test_compiled_images_are_the_eager_ones(self, tmp_path):
+        packed, _ = apply_once(Quantize(activations="int8"), small_pipeline(), tmp_path)
+        changed, _ = apply_once(Compile(dtype="float32"), packed, tmp_path)
+        compiled = changed.sample(range(4), seed=3, batch=4).astype(float)
+        assert np.abs(compiled - images(packed)).mean() < 1
+
+    def test_the_twin_is_checked_without_the_compiler(self):
+        twin, _ = rehearse(Recipe("compiled", (Compile(),)), SMALL)
+        assert twin.runtime.compile
