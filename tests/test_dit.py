@@ -242,8 +242,8 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="5 heads do not divide the width 12"):
         uniform(depth=1, width=12, heads=5, patch=2, input_size=(4, 4), channels=1, classes=2)
     described = UNEVEN.to_dict()
-    with pytest.raises(ValueError, match="model config.*colour"):
+    with pytest.raises(ValueError, match=r"model config.*colour"):
         DiTConfig.from_dict({**described, "colour": 1})
     del described["blocks"]
-    with pytest.raises(ValueError, match="model config.*blocks"):
+    with pytest.raises(ValueError, match=r"model config.*blocks"):
         DiTConfig.from_dict(described)

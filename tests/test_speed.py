@@ -1,4 +1,4 @@
-"""What the clock promises, tested with a clock of our own: pairs, ratios, intervals and percentiles, never real speed."""
+"""What timing promises, tested with a clock of our own: pairs, ratios, intervals, percentiles; never real speed."""
 
 from pathlib import Path
 
@@ -46,6 +46,15 @@ def test_calls_alternate_and_the_warmup_does_not_count():
     assert (compared.low, compared.high) == (2.0, 4.0)
     assert compared.rounds == 3
     assert (compared.baseline_seconds, compared.variant_seconds) == (6.0, 2.0)
+
+
+def test_the_variant_says_its_latency_and_throughput():
+    machine = Machine()
+    compared = interleaved(machine.call("a", [9] * 102), machine.call("b", [99, *range(1, 102)]), rounds=101, warmup=1,
+                           clock=machine.clock)
+    assert (compared.latency().p50, compared.latency().p95, compared.latency().repeats) == (51, 96, 101)
+    speed, low, high = compared.throughput(images=102)
+    assert speed == 2.0 and 102 / 101 < low < speed < high < 102
 
 
 def test_the_ratio_is_of_pairs_so_that_a_machine_that_slows_down_does_not_matter():

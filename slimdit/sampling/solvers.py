@@ -7,7 +7,6 @@ arXiv 2006.11239 respaced as in arXiv 2102.09672, DDIM arXiv 2010.02502, DPM-Sol
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..strict import nearest
 from .process import Denoise, NoiseProcess, PosteriorTables, learned_log_variance
 from .seeds import ImageNoise
 
@@ -96,7 +96,7 @@ class Sampling:
         known = [field.name for field in fields(cls)]
         for name in data:
             if name not in known:
-                raise ValueError(f"sampling: {name!r} is unknown{_nearest(name, known)}; use {', '.join(known)}")
+                raise ValueError(f"sampling: {name!r} is unknown; {nearest(name, known)}")
         return cls(**data)
 
 
@@ -358,12 +358,7 @@ STARTS_CLEAN = ("leading", "linspace", "respaced")  # their only timestep, when 
 
 def _require_known(what: str, name: Any, table: Mapping[str, Any]) -> None:
     if name not in table:
-        raise ValueError(f"sampling: {what} {name!r} is unknown{_nearest(name, table)}; use one of {', '.join(table)}")
-
-
-def _nearest(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"sampling: {what} {name!r} is unknown; {nearest(name, table)}")
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
