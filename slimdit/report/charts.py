@@ -1,0 +1,120 @@
+"""Small pictures for folders and documents: a training curve as SVG, a sheet of sample images as PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ..files import writing
+
+CAPTION_HEIGHT = 14  # pixels under each image of a labelled sheet
+
+
+def curve_svg(points: Sequence[tuple[float, float]], *, title: str = "", x_label: str = "images", y_label: str = "loss",
+              log_y: bool = False, width: int = 640, height: int = 320) -> str:
+    """A line through (x, y) points as an SVG document that needs nothing else.
+
+    Raises:
+        ValueError: fewer than two points, a point that is not finite, or y not above 0 on a logarithmic axis.
+    """
+    if len(points) < 2:
+        raise ValueError(f"a curve needs at least 2 points, not {len(points)}")
+    if not all(math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y) for x, y in points):
+        raise ValueError("a curve's points must be finite, and above 0 on a logarithmic axis")
+    xs, ys = [x for x, _ in points], [math.log10(y) if log_y else y for _, y in points]
+    x_ticks = _ticks(min(xs), max(xs))
+    y_ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
+    x_low, x_high = min(xs), max(xs)
+    y_low, y_high = min(*ys, *y_ticks), max(*ys, *y_ticks)
+    left, right, top, bottom = 64, 16, 36 if title else 16, 48
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x_low) / ((x_high - x_low) or 1) * (width - left - right),
+                top + (y_high - y) / ((y_high - y_low) or 1) * (height - top - bottom))
+
+    parts = []
+    for tick in y_ticks:
+        _, y = place(x_low, tick)
+        label = _short(10 ** tick if log_y else tick)
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#8884"/>'
+                     f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick in x_ticks:
+        x, _ = place(tick, y_low)
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{_short(tick)}</text>')
+    line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in zip(xs, ys))
+    center, middle = left + (width - left - right) / 2, top + (height - top - bottom) / 2
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#777">\n'
+            f"<title>{escape(title or f'{y_label} over {x_label}')}</title>\n"
+            + (f'<text x="{left}" y="20" font-size="14" font-weight="600">{escape(title)}</text>\n' if title else "")
+            + "\n".join(parts)
+            + f'\n<polyline points="{line}" fill="none" stroke="#2a78d6" stroke-width="1.5" stroke-linejoin="round"/>\n'
+            f'<text x="{center:.1f}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>\n'
+            f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>\n'
+            "</svg>\n")
+
+
+def grid_png(images: np.ndarray, columns: int, path: Path, *, scale: int = 1,
+             labels: Sequence[str] | None = None, gap: int = 2) -> None:
+    """Write a sheet of images, row by row, as a PNG.
+
+    Args:
+        images: uint8, (images, height, width, 1 or 3).
+        scale: each pixel becomes a square of so many.
+        labels: a short caption for each image, under it.
+        gap: pixels between images.
+
+    Raises:
+        ValueError: the array, the columns, the scale or the number of labels does not fit.
+    """
+    from PIL import Image, ImageDraw
+
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise ValueError("a sheet needs uint8 images, (images, height, width, 1 or 3), "
+                         f"not {images.dtype} {images.shape}")
+    if columns < 1 or scale < 1:
+        raise ValueError(f"a sheet needs at least 1 column and scale 1, not {columns} and {scale}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} images have {len(labels)} labels: give one for each, or none")
+    columns = min(columns, len(images))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    step_x, step_y = width + gap, height + gap + (CAPTION_HEIGHT if labels is not None else 0)
+    mode, paper, ink = ("L", 255, 64) if images.shape[-1] == 1 else ("RGB", (255,) * 3, (64,) * 3)
+    sheet = Image.new(mode, (columns * step_x + gap, -(-len(images) // columns) * step_y + gap), paper)
+    draw = ImageDraw.Draw(sheet)
+    for place, image in enumerate(images):
+        x, y = gap + place % columns * step_x, gap + place // columns * step_y
+        picture = Image.fromarray(image[..., 0] if mode == "L" else image)
+        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if labels is not None:
+            draw.text((x, y + height + 1), labels[place], fill=ink)
+    with writing(path) as beside:
+        sheet.save(beside, format="PNG", optimize=True)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Some five round numbers between two."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / 5
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power >= raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 of every decade between two logarithms, or these two where there are none."""
+    ticks = [decade + math.log10(step) for decade in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high] or [low, high]
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:.3g}"

@@ -1,0 +1,70 @@
+"""What slimdit.report.charts promises: sheets that hold every image to the pixel, and curves that are whole SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slimdit.report.charts import curve_svg, grid_png
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_is_on_the_sheet_to_the_pixel(channels: int, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 7, channels), dtype=np.uint8)
+    grid_png(images, 3, tmp_path / "sheet.png", scale=2, gap=2)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(2 * 14 + 2, 3 * 16 + 2, channels)
+    for place, image in enumerate(images):
+        row, column = divmod(place, 3)
+        y, x = 2 + row * 14, 2 + column * 16
+        assert (sheet[y:y + 12, x:x + 14] == image.repeat(2, 0).repeat(2, 1)).all()
+    assert (sheet[16:28, 34:48] == 255).all()  # the sixth place is empty
+
+
+def test_labels_are_drawn_under_the_images(tmp_path: Path) -> None:
+    images = np.zeros((2, 32, 32, 1), np.uint8)
+    grid_png(images, 2, tmp_path / "sheet.png", labels=["bag", "coat"])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 + 32 + 2 + 14, 2 * 34 + 2)
+    for x in (2, 36):
+        assert (sheet[34:48, x:x + 32] < 128).any()
+
+
+@pytest.mark.parametrize(("images", "options", "said"), [
+    (np.zeros((2, 4, 4, 1), np.float32), {}, "uint8"), (np.zeros((2, 4, 4, 4), np.uint8), {}, "1 or 3"),
+    (np.zeros((0, 4, 4, 1), np.uint8), {}, "needs"), (np.zeros((2, 4, 4, 1), np.uint8), {"scale": 0}, "scale"),
+    (np.zeros((2, 4, 4, 1), np.uint8), {"labels": ["one"]}, "labels"),
+])
+def test_what_makes_no_sheet_is_refused(images: np.ndarray, options: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        grid_png(images, 2, tmp_path / "sheet.png", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_a_curve_is_whole_svg_that_rises_where_the_numbers_rise(log_y: bool) -> None:
+    points = [(0.0, 1.0), (1e6, 0.1), (2e6, 0.2)]
+    root = ElementTree.fromstring(curve_svg(points, title="loss <of> a & b", log_y=log_y))
+    space = "{http://www.w3.org/2000/svg}"
+    line = root.find(f"{space}polyline")
+    assert line is not None
+    drawn = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    assert [x for x, _ in drawn] == sorted(x for x, _ in drawn)
+    heights = [y for _, y in drawn]
+    assert heights[0] < heights[2] < heights[1]  # down the page is down in value
+    assert all(0 <= x <= 640 and 0 <= y <= 320 for x, y in drawn)
+    texts = [element.text for element in root.iter(f"{space}text")]
+    assert "loss <of> a & b" in texts
+    assert "1M" in texts
+    assert {"0.1", "1"} <= set(texts) if log_y else {"0.2", "1"} <= set(texts)
+
+
+@pytest.mark.parametrize(("points", "log_y"), [([(0.0, 1.0)], False), ([(0.0, 1.0), (1.0, float("nan"))], False),
+                                               ([(0.0, 1.0), (1.0, 0.0)], True)])
+def test_what_makes_no_curve_is_refused(points: list, log_y: bool) -> None:
+    with pytest.raises(ValueError, match="curve"):
+        curve_svg(points, log_y=log_y)
+    assert curve_svg([(1.0, 2.0), (1.0, 2.0)]).startswith("<svg")  # one place, twice: nothing to divide by
