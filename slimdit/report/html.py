@@ -136,7 +136,7 @@ def _table(records: Sequence[Record], metrics: Metrics) -> str:
     return ('<section aria-labelledby="results">\n<h2 id="results">Results</h2>\n<div class="wide"><table>\n'
             f'<thead><tr><th scope="col">row</th>{heads}<th scope="col">verdict</th></tr></thead>\n'
             f"<tbody>{''.join(lines)}</tbody>\n</table></div>\n"
-            '<p class="quiet">In brackets: the interval of each number. N: the images it rests on. '
+            '<p class="quiet">In brackets: the interval of each number. N: the images, or rounds of the clock. '
             "Δ: the paired difference to the baseline. Ratios are to the baseline. ↑ higher, ↓ lower is better.</p>\n"
             "</section>")
 
