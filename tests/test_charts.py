@@ -62,9 +62,15 @@ def test_a_curve_is_whole_svg_that_rises_where_the_numbers_rise(log_y: bool) -> 
     assert {"0.1", "1"} <= set(texts) if log_y else {"0.2", "1"} <= set(texts)
 
 
-@pytest.mark.parametrize(("points", "log_y"), [([(0.0, 1.0)], False), ([(0.0, 1.0), (1.0, float("nan"))], False),
+@pytest.mark.parametrize(("points", "log_y"), [([], False), ([(0.0, 1.0), (1.0, float("nan"))], False),
                                                ([(0.0, 1.0), (1.0, 0.0)], True)])
 def test_what_makes_no_curve_is_refused(points: list, log_y: bool) -> None:
     with pytest.raises(ValueError, match="curve"):
         curve_svg(points, log_y=log_y)
-    assert curve_svg([(1.0, 2.0), (1.0, 2.0)]).startswith("<svg")  # one place, twice: nothing to divide by
+
+
+def test_one_point_is_a_curve_too() -> None:
+    for points in ([(1.0, 2.0)], [(1.0, 2.0), (1.0, 2.0)]):
+        line = ElementTree.fromstring(curve_svg(points, x="steps", y="rate")).find("{http://www.w3.org/2000/svg}polyline")
+        assert line is not None
+        assert len(line.attrib["points"].split()) == 2

@@ -14,47 +14,49 @@ from ..files import writing
 CAPTION_HEIGHT = 14  # pixels under each image of a labelled sheet
 
 
-def curve_svg(points: Sequence[tuple[float, float]], *, title: str = "", x_label: str = "images", y_label: str = "loss",
+def curve_svg(points: Sequence[tuple[float, float]], *, title: str = "", x: str = "images", y: str = "loss",
               log_y: bool = False, width: int = 640, height: int = 320) -> str:
-    """A line through (x, y) points as an SVG document that needs nothing else.
+    """A line through (x, y) points as an SVG document that needs nothing else; x and y are what the axes are called.
 
     Raises:
-        ValueError: fewer than two points, a point that is not finite, or y not above 0 on a logarithmic axis.
+        ValueError: no points, a point that is not finite, or y not above 0 on a logarithmic axis.
     """
-    if len(points) < 2:
-        raise ValueError(f"a curve needs at least 2 points, not {len(points)}")
-    if not all(math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y) for x, y in points):
+    if not points:
+        raise ValueError("a curve needs at least 1 point")
+    if not all(math.isfinite(across) and math.isfinite(up) and (up > 0 or not log_y) for across, up in points):
         raise ValueError("a curve's points must be finite, and above 0 on a logarithmic axis")
-    xs, ys = [x for x, _ in points], [math.log10(y) if log_y else y for _, y in points]
+    xs, ys = [across for across, _ in points], [math.log10(up) if log_y else up for _, up in points]
     x_ticks = _ticks(min(xs), max(xs))
     y_ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys))
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = min(*ys, *y_ticks), max(*ys, *y_ticks)
     left, right, top, bottom = 64, 16, 36 if title else 16, 48
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x_low) / ((x_high - x_low) or 1) * (width - left - right),
-                top + (y_high - y) / ((y_high - y_low) or 1) * (height - top - bottom))
+    def place(across: float, up: float) -> tuple[float, float]:
+        return (left + (across - x_low) / ((x_high - x_low) or 1) * (width - left - right),
+                top + (y_high - up) / ((y_high - y_low) or 1) * (height - top - bottom))
 
     parts = []
     for tick in y_ticks:
-        _, y = place(x_low, tick)
+        _, at = place(x_low, tick)
         label = _short(10 ** tick if log_y else tick)
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}" stroke="#8884"/>'
-                     f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(f'<line x1="{left}" y1="{at:.1f}" x2="{width - right}" y2="{at:.1f}" stroke="#8884"/>'
+                     f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in x_ticks:
-        x, _ = place(tick, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{_short(tick)}</text>')
-    line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in zip(xs, ys))
+        at, _ = place(tick, y_low)
+        parts.append(f'<text x="{at:.1f}" y="{height - bottom + 18}" text-anchor="middle">{_short(tick)}</text>')
+    dots = ["{:.1f},{:.1f}".format(*place(across, up)) for across, up in zip(xs, ys)]
+    line = " ".join(dots * 2 if len(dots) == 1 else dots)  # one point twice is drawn as a dot
     center, middle = left + (width - left - right) / 2, top + (height - top - bottom) / 2
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#777">\n'
-            f"<title>{escape(title or f'{y_label} over {x_label}')}</title>\n"
+            f"<title>{escape(title or f'{y} over {x}')}</title>\n"
             + (f'<text x="{left}" y="20" font-size="14" font-weight="600">{escape(title)}</text>\n' if title else "")
             + "\n".join(parts)
-            + f'\n<polyline points="{line}" fill="none" stroke="#2a78d6" stroke-width="1.5" stroke-linejoin="round"/>\n'
-            f'<text x="{center:.1f}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>\n'
-            f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>\n'
+            + f'\n<polyline points="{line}" fill="none" stroke="#2a78d6" stroke-width="1.5" stroke-linejoin="round" '
+            'stroke-linecap="round"/>\n'
+            f'<text x="{center:.1f}" y="{height - 8}" text-anchor="middle">{escape(x)}</text>\n'
+            f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>\n'
             "</svg>\n")
 
 
