@@ -1,0 +1,1 @@
+"""How noise becomes an image: the process, its randomness and the solvers."""
