@@ -32,7 +32,7 @@ def rehearsed(first, second):
         return refusal
 
 
-@pytest.mark.parametrize("first, second", PAIRS, ids=" then ".join)
+@pytest.mark.parametrize("first, second", PAIRS, ids=[" then ".join(pair) for pair in PAIRS])
 def test_a_pair_works_or_says_why_not(first, second):
     result = rehearsed(first, second)
     if isinstance(result, Refused):
