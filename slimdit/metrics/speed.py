@@ -40,6 +40,7 @@ class SpeedComparison:
         low, high: 95 % bootstrap interval of that median.
         rounds: pairs timed.
         baseline_seconds, variant_seconds: medians of one call.
+        variant_times: seconds of every call of the variant that counts.
     """
 
     ratio: float
@@ -48,6 +49,16 @@ class SpeedComparison:
     rounds: int
     baseline_seconds: float
     variant_seconds: float
+    variant_times: tuple[float, ...] = ()
+
+    def latency(self) -> Latency:
+        """How long a call of the variant took."""
+        return Latency(self.variant_seconds, float(np.percentile(self.variant_times, 95)), self.rounds)
+
+    def throughput(self, images: int, seed: int = 0) -> tuple[float, float, float]:
+        """Images per second of a variant whose call makes so many: median, and its 95 % bootstrap interval."""
+        speeds = images / np.array(self.variant_times)
+        return float(np.median(speeds)), *_median_interval(speeds, seed)
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def interleaved(baseline: Callable[[], Any], variant: Callable[[], Any], rounds:
     ratios = times[:, 0] / times[:, 1]
     low, high = _median_interval(ratios, seed)
     return SpeedComparison(float(np.median(ratios)), low, high, rounds, float(np.median(times[:, 0])),
-                           float(np.median(times[:, 1])))
+                           float(np.median(times[:, 1])), tuple(times[:, 1].tolist()))
 
 
 def latency(call: Callable[[], Any], repeats: int = 20, warmup: int = 3, *,
