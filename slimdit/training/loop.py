@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
-from ..models.dit import DiT
+from ..models.dit import DiT, DiTConfig
 from ..sampling.process import Denoise, LossWeighting, NoiseProcess, training_loss
 from ..sampling.seeds import seeded
 from .data import ImageData
@@ -67,8 +70,16 @@ class TrainConfig:
         for name in ("steps", "batch", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: {name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"training: learning_rate must be above 0, not {self.learning_rate}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training: {name} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "final_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"training: {name} must be 0 or more, not {getattr(self, name)}")
+        for name, kind in (("schedule", Schedule), ("weighting", LossWeighting), ("precision", Precision)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise ValueError(f"training: {name} {value!r} is unknown; use {', '.join(known)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"training: ema must be in 0..1 (1 excluded), not {self.ema}")
 
@@ -91,6 +102,10 @@ class Batch:
     labels: Tensor  # (batch,)
     noise: Tensor  # like clean
     t: Tensor  # (batch,)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(self.clean.to(device), self.labels.to(device), self.noise.to(device), self.t.to(device))
 
 
 @dataclass(frozen=True)
@@ -127,16 +142,18 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
 
     Writes `folder/checkpoint.safetensors` every `checkpoint_every` steps, atomically, and `folder/curve.jsonl`, a line
     per report. With `resume`, goes on from the checkpoint; the result is that of an uninterrupted run, bit for bit, on
-    the same machine and number of processes.
+    the same machine and number of processes. Ctrl-C ends the step, writes a checkpoint and is then raised.
 
     Raises:
-        ValueError: the checkpoint belongs to another configuration, or the loss is not finite.
+        ValueError: the data does not fit the model, the checkpoint belongs to another configuration, or the loss or a
+            weight is no longer finite; the last checkpoint is kept.
         FileExistsError: the folder holds a checkpoint and `resume` is False.
+        KeyboardInterrupt: training was interrupted; the message says how to go on.
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16" if uses_bf16(config.precision, device) else "no",
-                              cpu=device == "cpu" or not torch.cuda.is_available())
+    require_fit(data, model.config)
+    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu" or not torch.cuda.is_available())
     if config.batch % accelerator.num_processes:
         raise ValueError(f"training: {accelerator.num_processes} processes do not divide a batch of {config.batch}")
     checkpoint, curve = folder / "checkpoint.safetensors", folder / "curve.jsonl"
@@ -146,44 +163,49 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
 
     model.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    wrapped, stepper = accelerator.prepare(model, optimizer)  # gives every process the weights of the first
     state = TrainState(model, optimizer, config)
     start = state.load(checkpoint) if checkpoint.exists() else 0
-    trim_curve(curve, start)
+    if accelerator.is_main_process:
+        trim_curve(curve, start)
 
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    forward = torch.compile(wrapped) if config.compile else wrapped
+    forward = in_precision(torch.compile(wrapped) if config.compile else wrapped,
+                           uses_bf16(config.precision, device))
     compute_loss = loss or denoising_loss(process, config.weighting)
     batches = draw_batches(model, process, data, config, start, accelerator.process_index, accelerator.num_processes)
 
     began, since, losses = time.monotonic(), start, []
-    for step, batch in zip(range(start, config.steps), batches, strict=False):
-        batch = Batch(*(tensor.to(accelerator.device) for tensor in
-                        (batch.clean, batch.labels, batch.noise, batch.t)))
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        value = compute_loss(forward, batch).mean()
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        state.average(step)
-        losses.append(value.detach())
+    with between_steps(alone=accelerator.num_processes == 1) as interrupted:
+        for step, batch in zip(range(start, config.steps), batches, strict=False):
+            for group in stepper.param_groups:
+                group["lr"] = config.rate(step)
+            value = compute_loss(forward, batch.to(accelerator.device)).mean()
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(model.parameters(), config.clip)
+            stepper.step()
+            stepper.zero_grad()
+            state.average(step)
+            losses.append(value.detach())
 
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            mean = accelerator.gather(torch.stack(losses)).mean().item()
-            if not math.isfinite(mean):
-                raise ValueError(f"training: the loss is {mean} at step {done}; lower the learning rate and resume "
-                                 f"from {checkpoint}")
-            seconds = time.monotonic() - began
-            progress = Progress(done, config.steps, done * config.batch, mean, config.rate(step),
-                                (done - since) * config.batch / seconds, seconds)
-            if accelerator.is_main_process:
-                append_line(curve, asdict(progress))
-                report(progress)
-            began, since, losses = time.monotonic(), done, []
-        if (done % config.checkpoint_every == 0 or done == config.steps) and accelerator.is_main_process:
-            state.save(checkpoint, done)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                mean = accelerator.gather(torch.stack(losses)).mean().item()
+                require_finite(math.isfinite(mean), f"the loss is {mean}", done, checkpoint)
+                seconds = time.monotonic() - began
+                progress = Progress(done, config.steps, done * config.batch, mean, config.rate(step),
+                                    (done - since) * config.batch / seconds, seconds)
+                if accelerator.is_main_process:
+                    append_line(curve, asdict(progress))
+                    report(progress)
+                began, since, losses = time.monotonic(), done, []
+            stopping = interrupted()
+            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+                require_finite(state.is_finite(), "a weight is not a finite number", done, checkpoint)
+                if accelerator.is_main_process:
+                    state.save(checkpoint, done)
+            if stopping:
+                raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}: add --resume to go on from "
+                                        f"{checkpoint}")
     accelerator.wait_for_everyone()
     state.take_average()
     return model.eval()
@@ -202,6 +224,10 @@ class TrainState:
         """Move the average a little towards the weights."""
         decay = min(self.config.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        return all(bool(p.isfinite().all()) for p in self.parameters.values())
 
     @torch.no_grad()
     def take_average(self) -> None:
@@ -238,7 +264,7 @@ class TrainState:
         free = {"steps", "checkpoint_every", "log_every", "compile"}
         then, now = json.loads(metadata["training"]), asdict(self.config)
         changed = [name for name in now if name not in free and then.get(name) != now[name]]
-        if json.loads(metadata["model"]) != json.loads(json.dumps(self.model.config.to_dict())):
+        if DiTConfig.from_dict(json.loads(metadata["model"])) != self.model.config:
             changed.append("the model's structure")
         if changed:
             raise ValueError(f"{path} belongs to another run: {', '.join(changed)} changed; use the settings it began "
@@ -266,6 +292,58 @@ def draw_batches(model: DiT, process: NoiseProcess, data: ImageData, config: Tra
                     torch.randn(clean.shape, generator=generator),
                     torch.randint(0, process.steps, (share,), generator=generator))
         step += 1
+
+
+def require_fit(data: ImageData, model: DiTConfig) -> None:
+    """Refuse data that the model cannot learn from."""
+    expected = (model.channels, *model.input_size)
+    if data.shape != expected:
+        raise ValueError(f"training: the data is {'x'.join(map(str, data.shape))} (channels, height, width), the model "
+                         f"takes {'x'.join(map(str, expected))}: name another size of data or model")
+    if data.classes > model.classes:
+        raise ValueError(f"training: the data has {data.classes} classes, the model {model.classes}: use a model of at "
+                         f"least as many")
+
+
+def require_finite(finite: bool, problem: str, step: int, checkpoint: Path) -> None:
+    """Stop before numbers that are not finite replace the last good checkpoint."""
+    if not finite:
+        kept = f"the state before it is kept in {checkpoint}; " if checkpoint.exists() else ""
+        raise ValueError(f"training: {problem} at step {step}: {kept}start again in another folder with a lower "
+                         f"learning rate or a longer warm-up")
+
+
+@contextmanager
+def between_steps(alone: bool) -> Iterator[Callable[[], bool]]:
+    """Make Ctrl-C wait for the end of the step and say whether it came; a second one does not wait.
+
+    One process of many (not `alone`) is interrupted at once: the others would wait for it inside their step.
+    """
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if not alone or threading.current_thread() is not threading.main_thread() or before is None:
+        yield asked.is_set
+        return
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_precision(forward: Callable[..., Tensor], bf16: bool) -> Denoise:
+    """A model called in bfloat16 or float32; its answer is float32."""
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return forward(x, t, y).float()
+
+    return denoise
 
 
 def uses_bf16(precision: Precision, device: str | None) -> bool:
