@@ -1,0 +1,1 @@
+"""Files that come with the package, and how they are made (`build.py`)."""

@@ -1,0 +1,251 @@
+"""How close a set of images is to a reference set, from the features of both.
+
+Every metric here is also available over resamples of the images (`*_of`), which is what intervals are made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..sampling.seeds import seeded
+
+Resampled = Callable[[np.ndarray], np.ndarray]
+"""How often each image is drawn, (resamples, n), to the metric of every resample, (resamples,)."""
+
+ROWS = 1024  # images per block of a distance matrix: 1024 x 50,000 doubles are 400 MB
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of features: all that the Fréchet distance needs of a set of images.
+
+    Attributes:
+        mu: mean, (d,) float64.
+        sigma: covariance with n - 1, (d, d) float64.
+        n: how many images there were; None where a file does not say.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    n: int | None = None
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Statistics:
+        """The statistics of features (n, d).
+
+        Raises:
+            ValueError: there are fewer than 2 images, or a feature is not finite.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features of {features.shape} have no covariance: give (images, d) of 2 or more images")
+        if not np.isfinite(features).all():
+            raise ValueError("a feature is not finite: look at the images, or at the feature network's weights")
+        x = features.astype(np.float64)
+        mu = x.mean(0)
+        return cls(mu, (x - mu).T @ (x - mu) / (len(x) - 1), len(x))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both sets together (Chan, Golub and LeVeque 1979).
+
+        Raises:
+            ValueError: one of the two does not know how many images it stands for.
+        """
+        if self.n is None or other.n is None:
+            raise ValueError("statistics without a number of images cannot be merged: compute them from the images")
+        n, apart = self.n + other.n, other.mu - self.mu
+        scatter = ((self.n - 1) * self.sigma + (other.n - 1) * other.sigma
+                   + np.outer(apart, apart) * (self.n * other.n / n))
+        return Statistics(self.mu + apart * (other.n / n), scatter / (n - 1), n)
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """Squared Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^½) (Heusel et al., 1706.08500).
+
+    (A B)^½ has the trace of the singular values of A^½ B^½, which needs no matrix inverse: covariances of fewer images
+    than features are exact here, and the usual epsilon on the diagonal is never added.
+
+    Raises:
+        ValueError: the features of the two have different widths.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise ValueError(f"features of {a.mu.size} and {b.mu.size} numbers cannot be compared: use one feature network")
+    cross = np.linalg.svd(root(a.sigma) @ root(b.sigma), compute_uv=False).sum()
+    return float(((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+
+
+def root(sigma: np.ndarray) -> np.ndarray:
+    """The symmetric square root of a covariance."""
+    values, vectors = np.linalg.eigh(sigma)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def frechet_of(features: np.ndarray, reference: Statistics) -> Resampled:
+    """The Fréchet distance of features (n, d) to a reference, over resamples of the images."""
+    half, x = root(reference.sigma), features - reference.mu  # centred once: no cancellation in the covariance below
+
+    def resampled(weights: np.ndarray) -> np.ndarray:
+        return np.array([one(row) for row in weights])
+
+    def one(weights: np.ndarray) -> float:
+        n = weights.sum()
+        mu = weights @ x / n
+        sigma = (x.T @ (weights[:, None] * x) - n * np.outer(mu, mu)) / (n - 1)
+        rank = np.count_nonzero(weights) - 1  # the eigenvalues beyond are rounding, which a root would magnify
+        cross = np.sqrt(np.linalg.eigvalsh(half @ sigma @ half)[-rank:].clip(min=0)).sum() if rank else 0
+        return mu @ mu + np.trace(sigma) + np.trace(reference.sigma) - 2 * cross
+
+    return resampled
+
+
+def kid(features: np.ndarray, reference: np.ndarray) -> float:
+    """Kernel distance: the unbiased squared MMD with the kernel (x·y / d + 1)³ (Binkowski et al., 1801.01401).
+
+    Over all pairs of images rather than over subsets, which has the same mean and the least variance.
+    """
+    return float(kid_of(features, reference)(np.ones((1, len(features))))[0])
+
+
+def kid_of(features: np.ndarray, reference: np.ndarray) -> Resampled:
+    """KID over resamples of the images; the pairs of an image with its own copy are left out, so none is biased."""
+    x, y = features.astype(np.float64), reference.astype(np.float64)
+    to_reference = np.concatenate([kernel(rows, y).mean(1) for rows in blocks(x)])
+    m = len(y)
+    among_reference = (sum(kernel(rows, y).sum() for rows in blocks(y)) - own_kernel(y).sum()) / (m * (m - 1))
+
+    def resampled(weights: np.ndarray) -> np.ndarray:
+        n = weights.sum(1)
+        own = (weights ** 2) @ own_kernel(x)
+        pairs, start = np.zeros(len(weights)), 0
+        for rows in blocks(x):
+            pairs += ((weights[:, start:start + len(rows)] @ kernel(rows, x)) * weights).sum(1)
+            start += len(rows)
+        among = (pairs - own) / (n ** 2 - (weights ** 2).sum(1))
+        return among + among_reference - 2 * (weights @ to_reference) / n
+
+    return resampled
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """KID's polynomial kernel of all pairs, (n, m)."""
+    linear = x @ y.T / x.shape[1] + 1
+    return linear * linear * linear  # numpy's power is many times slower
+
+
+def own_kernel(x: np.ndarray) -> np.ndarray:
+    """The kernel of every image with itself, (n,)."""
+    return ((x ** 2).sum(1) / x.shape[1] + 1) ** 3
+
+
+def precision(features: np.ndarray, reference: np.ndarray, k: int = 3) -> np.ndarray:
+    """Whether each image lies among the reference, (n,) bool; their mean is the precision (arXiv 1904.06991).
+
+    An image is among a set if it is no farther from one of its members than that member's k-th neighbour in the set.
+
+    Raises:
+        ValueError: the reference has k images or fewer.
+    """
+    return inside(features, reference, radii(reference, k))
+
+
+def recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> np.ndarray:
+    """Whether each reference image lies among the images, (len(reference),) bool; their mean is the recall.
+
+    Raises:
+        ValueError: there are k images or fewer.
+    """
+    return inside(reference, features, radii(features, k))
+
+
+def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Precision and recall as shares, 0..1."""
+    return float(precision(features, reference, k).mean()), float(recall(features, reference, k).mean())
+
+
+def inside(points: np.ndarray, members: np.ndarray, squared_radii: np.ndarray) -> np.ndarray:
+    """Whether each point lies in the ball of any member, (len(points),) bool."""
+    return np.concatenate([(squared_distances(rows, members) <= squared_radii).any(1) for rows in blocks(points)])
+
+
+def radii(members: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of every member to its k-th nearest other member."""
+    if len(members) <= k:
+        raise ValueError(f"{len(members)} images have no {k}-th neighbour: give more than {k}")
+    # The nearest is the member itself, at 0.
+    return np.concatenate([np.partition(squared_distances(rows, members), k, axis=1)[:, k] for rows in blocks(members)])
+
+
+def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances of all pairs, (n, m)."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    return ((x ** 2).sum(1)[:, None] + (y ** 2).sum(1) - 2 * x @ y.T).clip(min=0)
+
+
+def inception_score(logits: np.ndarray, *, splits: int | None = None, seed: int = 0) -> tuple[float, float]:
+    """Exp of the mean divergence of the class posteriors from their mean (Salimans et al., arXiv 1606.03498).
+
+    Images are shuffled, because class-sorted files would lower the score of each split.
+
+    Args:
+        logits: (n, classes), without bias as in the TensorFlow graph.
+        splits: parts that are scored apart and averaged; the usual parts of 5,000 images where None.
+
+    Returns:
+        The mean over splits and their standard deviation.
+    """
+    parts = splits or max(1, len(logits) // 5000)
+    order = np.random.default_rng(seeded(seed, "inception score").initial_seed()).permutation(len(logits))
+    scores = [inception_score_of(logits[part])(np.ones((1, len(part))))[0] for part in np.array_split(order, parts)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def inception_score_of(logits: np.ndarray) -> Resampled:
+    """The inception score of all images as one split, over resamples of them."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    negative_entropy = (p * log_p).sum(1)
+
+    def resampled(weights: np.ndarray) -> np.ndarray:
+        shares = weights / weights.sum(1, keepdims=True)
+        marginal = shares @ p
+        log_marginal = np.log(marginal.clip(min=np.finfo(np.float64).tiny))
+        return np.exp(shares @ negative_entropy - (marginal * log_marginal).sum(1))
+
+    return resampled
+
+
+def class_accuracy(features: np.ndarray, labels: np.ndarray, reference: np.ndarray, reference_labels: np.ndarray,
+                   k: int = 5) -> np.ndarray:
+    """Whether each image looks like the class it was asked for, (n,) bool; their mean is the class accuracy.
+
+    The class of an image is the vote of its k nearest labelled reference images in feature space; nearer ones break
+    ties. Real images do not score 1: compare with the same number for held-out real images.
+
+    Args:
+        labels: the class each image was made for, (n,).
+
+    Raises:
+        ValueError: the reference has fewer than k images, or labels are missing.
+    """
+    if len(reference) < k:
+        raise ValueError(f"{len(reference)} reference images are too few for {k} neighbours: give at least {k}")
+    if len(labels) != len(features) or len(reference_labels) != len(reference):
+        raise ValueError("class accuracy needs one label per image and per reference image")
+    worth = 1 + np.arange(k, 0, -1) / (k * k)  # a whole vote, and less than one more in all for being near
+    predicted = []
+    for rows in blocks(features):
+        distances = squared_distances(rows, reference)
+        nearest = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        nearest = np.take_along_axis(nearest, np.take_along_axis(distances, nearest, 1).argsort(1, kind="stable"), 1)
+        votes = np.zeros((len(rows), int(reference_labels.max()) + 1))
+        np.add.at(votes, (np.arange(len(rows))[:, None], reference_labels[nearest]), worth)
+        predicted.append(votes.argmax(1))
+    return np.concatenate(predicted) == labels
+
+
+def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """`x` in parts of at most `ROWS` rows."""
+    return (x[start:start + ROWS] for start in range(0, len(x), ROWS))
