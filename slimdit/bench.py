@@ -1,0 +1,368 @@
+"""The main job: a baseline and every recipe against it, each row in its own process, with a record of how each ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import write_json, write_text
+from .protocol import Protocol, find_protocol
+from .recipe import Recipe, find, shipped
+from .report.record import AA, BASELINE, Record, in_order, provenance, read, read_all, record_path, write
+from .row import Row
+from .strict import nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+FAILURES = ("loss", "slower", "failed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bench before it runs: the rows, first to last, and where they go."""
+
+    folder: Path
+    model: str
+    protocol: Protocol
+    recipes: tuple[Recipe, ...]
+    device: str
+    command: tuple[str, ...]
+
+    def rows(self) -> list[Row]:
+        """The baseline, the baseline with other seeds (A/A), and a row per recipe."""
+        base = Row(BASELINE, str(self.folder), self.model, self.protocol, seed=self.protocol.seed, device=self.device,
+                   command=self.command)
+        floor = replace(base, name=AA, seed=self.protocol.seed + 1, timed=False)
+        return [base, floor, *(replace(base, name=recipe.name, recipe=recipe.to_toml()) for recipe in self.recipes)]
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a bench is resumed."""
+        return {"model": self.model, "device": self.device, "protocol": self.protocol.to_dict()}
+
+    def describe(self) -> dict[str, Any]:
+        """What `--dry-run` says: rows, images, model evaluations, disk and memory it will take."""
+        from .formats import describe
+
+        found = describe(self.model)
+        weights = int(found.get("bytes", 0))
+        return {
+            "rows": [row.name for row in self.rows()],
+            "images per row": self.protocol.images,
+            "protocol": self.protocol.to_dict(),
+            "processes": 2 * len(self.rows()),
+            "disk in MB, at most": round(len(self.rows()) * (2 * weights + 2_000_000) / 1e6, 1),
+            "time limit per row in s": self.protocol.timeout_s,
+            "out": str(self.folder),
+        }
+
+
+def plan(recipes: Sequence[str], *, model: str, protocol: str, folder: Path, images: int | None = None,
+         seed: int | None = None, device: str | None = None, dtype: str | None = None,
+         timeout: float | None = None) -> Plan:
+    """What will be measured.
+
+    Raises:
+        ValueError: a recipe or the protocol is refused, or two recipes have one name.
+    """
+    chosen = [find(name) for name in recipes] if recipes else [find(name) for name in shipped()]
+    names = [BASELINE, AA, *(recipe.name for recipe in chosen)]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"bench: two rows are called {', '.join(sorted(doubled))}: give each recipe a name of its own")
+    for recipe in chosen:
+        if recipe.model != model and recipes:
+            raise ValueError(f"bench: recipe {recipe.name} is for {recipe.model}, not {model}: bench it with "
+                             f"--model {recipe.model}")
+    rules = find_protocol(protocol)
+    changes = {"images": images, "seed": seed, "timeout_s": timeout}
+    rules = replace(rules, **{name: value for name, value in changes.items() if value is not None})
+    if dtype is not None:
+        rules = Protocol.from_dict({**rules.to_dict(), "runtime": {**rules.to_dict()["runtime"], "dtype": dtype}})
+    return Plan(folder, model, rules, tuple(chosen), device or default_device(), ("slimdit", *sys.argv[1:]))
+
+
+def default_device() -> str:
+    """`cuda` where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> list[Record]:
+    """Measure every row that has no finished record yet, then write the table and the report.
+
+    Raises:
+        ValueError: the folder belongs to another bench, or is being written by one.
+        KeyboardInterrupt: passed on; finished rows stay finished.
+    """
+    with locked(plan.folder):
+        begin(plan, resume)
+        rows = plan.rows()
+        with progress_bars(console, len(rows)) as show:
+            for row in rows:
+                if finished(row) is None:
+                    measure_row(row, show)
+                show(row.name, "done", 1, 1)
+                if row.name == BASELINE and (ended := read(path_of(row))).status != "done":
+                    raise ValueError(f"bench: the baseline {ended.status}: {ended.reason}")
+        records = in_order(read(path_of(row)) for row in rows)
+        write_report(plan.folder, records)
+    return records
+
+
+def begin(plan: Plan, resume: bool) -> None:
+    """Open the folder for this plan, or refuse one that holds another's."""
+    path = plan.folder / "bench.json"
+    identity = json.loads(json.dumps(plan.identity()))
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{plan.folder} holds a bench: add --resume to go on with it, or name another folder "
+                             "with --out")
+        before = json.loads(path.read_text())
+        if changed := [name for name in identity if before.get(name) != identity[name]]:
+            raise ValueError(f"{plan.folder} was begun with another {' and '.join(changed)}: use the same settings, "
+                             "or another folder with --out")
+    write_json(path, identity)
+
+
+def finished(row: Row) -> Record | None:
+    """The row's record, if it is whole, finished and of the same recipe."""
+    path = path_of(row)
+    if not path.exists():
+        return None
+    try:
+        record = read(path)
+    except ValueError:
+        return None
+    if record.status not in ("done", "refused"):
+        return None
+    recipe = json.loads((row.home / "row.json").read_text())["recipe"] if (row.home / "row.json").exists() else None
+    return record if recipe == row.recipe else None
+
+
+def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
+    """Run a row's stages; whatever happens, there is a record afterwards."""
+    spec = row.home / "row.json"
+    if spec.exists() and json.loads(spec.read_text()) != json.loads(json.dumps(row.to_dict())):
+        discard(row)
+    write_json(spec, row.to_dict())
+    (row.home / "outcome.json").unlink(missing_ok=True)
+    deadline = time.monotonic() + row.protocol.timeout_s
+    for stage in ("prepare", "measure"):
+        if stage == "prepare" and (row.home / "witness.json").exists():
+            continue
+        show(row.name, stage, 0, 1)
+        status, reason = run_stage(row, stage, spec, deadline, show)
+        if status != "done":
+            record = Record(name=row.name, status=status, reason=reason, protocol=row.protocol.to_dict(),
+                            provenance=provenance(seeds={"images": row.seed}, device=row.device, command=row.command))
+            write(record, Path(row.folder) / "records")
+            return
+
+
+def discard(row: Row) -> None:
+    """Forget what another recipe of the same name left."""
+    import shutil
+
+    shutil.rmtree(row.home)
+
+
+def run_stage(row: Row, stage: str, spec: Path, deadline: float,
+              show: Callable[[str, str, int, int], None]) -> tuple[Any, str]:
+    """One process: how it ended, and why."""
+    from .metrics.speed import WORKER_ENVIRONMENT
+
+    environment = {**WORKER_ENVIRONMENT, **os.environ,
+                   "TORCHINDUCTOR_CACHE_DIR": str((Path(row.folder) / "compiled").resolve())}
+    with (row.home / "log.txt").open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-m", "slimdit.row", stage, str(spec)], stdout=subprocess.PIPE,
+                                   stderr=log, env=environment, start_new_session=True, text=True)
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill, [process])
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                try:
+                    told = json.loads(line)
+                    show(told["row"], told["stage"], told["done"], told["total"])
+                except (ValueError, KeyError, TypeError):
+                    log.write(line.encode())
+            code = process.wait()
+        except BaseException:
+            kill(process)
+            process.wait()
+            raise
+        finally:
+            timer.cancel()
+    return how_it_ended(row, stage, code, timed_out=time.monotonic() >= deadline)
+
+
+def how_it_ended(row: Row, stage: str, code: int, timed_out: bool) -> tuple[Any, str]:
+    """A record's status and reason for a process's exit code."""
+    if code == 0:
+        return "done", ""
+    if timed_out:
+        return "timeout", f"{stage} took longer than the {row.protocol.timeout_s:g} s a row may take (--timeout)"
+    outcome = row.home / "outcome.json"
+    if outcome.exists():
+        told = json.loads(outcome.read_text())
+        return told["status"], told["reason"]
+    if code == -signal.SIGKILL:
+        return "out_of_memory", f"{stage} was killed (SIGKILL), most often because memory ran out"
+    if code < 0:
+        return "crashed", f"{stage} died of {signal.Signals(-code).name}; see {row.home / 'log.txt'}"
+    return "crashed", f"{stage} ended with exit code {code}; see {row.home / 'log.txt'}"
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and everything it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    Raises:
+        ValueError: another bench is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being written by another bench: wait for it, or name another folder with "
+                             "--out") from None
+        yield
+
+
+@contextmanager
+def progress_bars(console: Console | None, rows: int) -> Iterator[Callable[[str, str, int, int], None]]:
+    """Progress on stderr: a bar per row, and the stage each is in."""
+    if console is None:
+        yield lambda row, stage, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.fields[row]:<22}"), TextColumn("{task.fields[stage]:<16}"), BarColumn(),
+               MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(row: str, stage: str, done: int, total: int) -> None:
+            if row not in tasks:
+                tasks[row] = progress.add_task("", row=row, stage=stage)
+                if not console.is_terminal:
+                    console.print(f"{len(tasks)}/{rows} {row}", highlight=False)
+            progress.update(tasks[row], stage=stage, completed=done, total=total)
+            if stage == "done":
+                progress.stop_task(tasks[row])
+
+        yield show
+
+
+def path_of(row: Row) -> Path:
+    """Where a row's record is."""
+    return record_path(Path(row.folder) / "records", row.name)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a bench's folder.
+
+    Raises:
+        ValueError: there are none, or one was changed by hand.
+    """
+    return read_all(folder / "records" if (folder / "records").is_dir() else folder)
+
+
+def write_report(folder: Path, records: Sequence[Record]) -> None:
+    """Write `report.html` and `table.md`."""
+    from .metrics import METRICS
+    from .report.html import html
+    from .report.render import markdown
+
+    grids = {record.name: (folder / "records" / record.images.grid).resolve() for record in records if record.images}
+    title = f"slimdit: {records[0].protocol.get('model', 'model')} ({records[0].protocol.get('name', '')} protocol)"
+    write_text(folder / "report.html", html(records, title, grids, METRICS))
+    write_text(folder / "table.md", markdown(records, METRICS) + "\n")
+
+
+def table(records: Sequence[Record]) -> Table:
+    """The records as a table for a terminal."""
+    from .metrics import METRICS
+    from .report.render import terminal_table
+
+    return terminal_table(records, METRICS)
+
+
+def update_table(path: Path, name: str, records: Sequence[Record]) -> None:
+    """Render the table between a Markdown file's markers anew."""
+    from .metrics import METRICS
+    from .report.render import markdown, update_markdown
+
+    update_markdown(path, name, markdown(records, METRICS))
+
+
+def failing(records: Sequence[Record], condition: str) -> list[str]:
+    """Rows that a quality gate stops: `loss`, `slower`, or `failed` (any row that did not finish).
+
+    Raises:
+        ValueError: the condition is unknown.
+    """
+    if condition not in FAILURES:
+        raise ValueError(f"--fail-if {condition!r} is unknown; {nearest(condition, FAILURES)}")
+    tests: dict[str, Callable[[Record], bool]] = {
+        "loss": lambda record: record.verdict.startswith("loss"),
+        "slower": lambda record: "slower" in record.remarks,
+        "failed": lambda record: record.status != "done",
+    }
+    return [record.name for record in records if tests[condition](record)]
+
+
+def compare(first: Path, second: Path) -> list[dict[str, Any]]:
+    """Rows of two runs side by side, where both have them.
+
+    Raises:
+        ValueError: the runs followed different protocols.
+    """
+    one, two = ({record.name: record for record in read_records(folder)} for folder in (first, second))
+    shared = [name for name in one if name in two]
+    if not shared:
+        raise ValueError(f"{first} and {second} have no row in common")
+    keys = ("images", "seed", "batch", "features", "reference", "sampling")
+    for name in shared:
+        if changed := [key for key in keys if one[name].protocol.get(key) != two[name].protocol.get(key)]:
+            from .context import Refused
+
+            raise Refused(f"{first} and {second} were measured by different protocols ({', '.join(changed)}): compare "
+                          "runs of one protocol")
+    return [{"row": name, "metric": metric, "first": one[name].quantity(metric).value,
+             "second": two[name].quantity(metric).value}
+            for name in shared
+            for metric in (*one[name].metrics, *one[name].against_baseline)
+            if one[name].quantity(metric) and two[name].quantity(metric)]
+
+
+def comparison_table(rows: Sequence[dict[str, Any]], first: str, second: str) -> Table:
+    """The result of `compare` for a terminal."""
+    from rich.table import Table
+
+    table = Table("row", "metric", first, second, "second / first")
+    for row in rows:
+        ratio = f"{row['second'] / row['first']:.3f}" if row["first"] else ""
+        table.add_row(row["row"], row["metric"], f"{row['first']:.5g}", f"{row['second']:.5g}", ratio)
+    return table

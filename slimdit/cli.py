@@ -1,0 +1,392 @@
+"""The command line: one short function per verb, and the same manners for all of them.
+
+Results go to stdout (one JSON document with `--json`), progress and logs to stderr. Exit codes: 0 done, 1 failed, 2 usage,
+3 refused by a rule, 4 quality gate not met, 5 interrupted and resumable. PyTorch is imported by the verbs that need it only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+P = ParamSpec("P")
+
+FAILED, REFUSED, GATE, INTERRUPTED = 1, 3, 4, 5
+
+app = typer.Typer(name="slimdit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Make a trained diffusion transformer cheaper to run, with proof that quality holds.")
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: cuda where there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the model says]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, for how long and in how much room.")]
+Weights = Annotated[str, typer.Option(help="Which weights of a training checkpoint: ema or model.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, where a checkpoint does not tell.")]
+
+
+def main() -> None:
+    """The `slimdit` command."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    app()
+
+
+def verb(function: Callable[P, Any]) -> Callable[P, None]:
+    """Give a verb the common manners: an error is one sentence on stderr and an exit code that says its kind."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command with --resume to go on", INTERRUPTED)
+        except (ValueError, OSError, ImportError, MemoryError) as error:
+            _fail(_sentence(error), getattr(error, "exit_code", FAILED))
+
+    return run
+
+
+@app.command()
+@verb
+def bench(
+    recipes: Annotated[list[str] | None, typer.Argument(help="Recipe files, or names of shipped recipes.")] = None,
+    model: Annotated[str, typer.Option(help="What to make cheaper: a path, 'bundled' or a Hub id.")] = "bundled",
+    protocol: Annotated[str, typer.Option(help="How to measure: a shipped protocol or a TOML file.")] = "quick",
+    folder: Annotated[Path, typer.Option("--out", help="Where records, images and the report go.")] = Path("runs/bench"),
+    images: Annotated[int | None, typer.Option(help="Images per row, instead of the protocol's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the images, instead of the protocol's.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="The baseline's dtype. [default: the best float of the machine]")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a row may take, instead of the protocol's.")] = None,
+    fail_if: Annotated[str | None, typer.Option(help="Exit with 4 if any row ends so: loss, slower, failed.")] = None,
+    resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Measure a baseline and every recipe against it: records, table, plots and an HTML report.
+
+    With no recipe: the shipped ones.
+    """
+    from . import bench as room
+
+    plan = room.plan(recipes or [], model=model, protocol=protocol, folder=folder, images=images, seed=seed,
+                     device=device, dtype=dtype, timeout=timeout)
+    if dry_run:
+        _answer(plan.describe(), as_json)
+        return
+    records = room.run(plan, resume=resume, console=err)
+    if as_json:
+        _print_json({"folder": str(folder), "report": str(folder / "report.html"),
+                     "rows": [record.to_dict() for record in records]})
+    else:
+        out.print(room.table(records))
+        out.print(f"Report: {folder / 'report.html'}")
+    if fail_if and (bad := room.failing(records, fail_if)):
+        _fail(f"quality gate: {', '.join(bad)} ended as '{fail_if}'", GATE)
+
+
+@app.command()
+@verb
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where the model goes: a new folder.")],
+    model: Annotated[str | None, typer.Option(help="The model, instead of the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Images, for methods that learn or calibrate.")] = None,
+    seed: Seed = 0, device: Device = None, weights: Weights = "ema", heads: Heads = None,
+    resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Apply a recipe and save the model, with its recipe."""
+    from . import recipe as room
+
+    chosen = room.find(recipe)
+    source = model or chosen.model
+    if dry_run:
+        _answer({"recipe": chosen.to_dict(), "model": source, "out": str(folder)}, as_json)
+        return
+    from .context import Context
+    from .training.data import open_data
+
+    pipeline = _load(source, device, None, weights, heads)
+    context = Context(teacher=pipeline, folder=folder, data=open_data(data) if data else None,
+                      device=str(pipeline.device), seed=seed)
+    room.run(chosen, pipeline, context, resume=resume)
+    _answer({"model": str(folder), "recipe": chosen.name, "witness": list(context.witnesses)}, as_json)
+
+
+@app.command()
+@verb
+def sample(
+    model: Annotated[str, typer.Argument(help="A path, 'bundled' or a Hub id.")],
+    images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    folder: Annotated[Path, typer.Option("--out", help="Where the images go.")] = Path("runs/samples"),
+    form: Annotated[str, typer.Option("--form", help="png (a file each), grid (one PNG) or npz (ADM's).")] = "grid",
+    label: Annotated[int | None, typer.Option(help="One class for all images. [default: all classes, balanced]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of the model's.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Solver, instead of the model's: see `list solvers`.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance, instead of the model's; 1 is none.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Make images: PNG files, a grid, or ADM's `.npz`."""
+    from .commands import sample_images
+
+    pipeline = _load(model, device, dtype, weights, heads, compile_model)
+    changes = {name: value for name, value in (("steps", steps), ("solver", solver), ("guidance", guidance))
+               if value is not None}
+    _answer(sample_images(pipeline, changes, images, folder, form, label, batch, seed, resume, dry_run, _progress),
+            as_json)
+
+
+@app.command()
+@verb
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A path, 'bundled', a Hub id, or an .npz of samples.")],
+    against: Annotated[str | None, typer.Option(help="A model or .npz to compare with, image by image.")] = None,
+    reference: Annotated[str, typer.Option(help="'bundled', a data source, or an .npz of statistics.")] = "bundled",
+    features: Annotated[str, typer.Option(help="lite0, or inception (with its weights).")] = "lite0",
+    feature_weights: Annotated[Path | None, typer.Option(help="File of the feature network's weights.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the feature weights, checked by hash.")] = False,
+    images: Annotated[int, typer.Option(min=2, help="How many images.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    folder: Annotated[Path, typer.Option("--out", help="Where samples are kept.")] = Path("runs/evaluate"),
+    seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Quality and cost of one model, paired with another where given."""
+    from .commands import evaluate_model
+
+    def open_model(source: str) -> Pipeline:
+        return _load(source, device, dtype, weights, heads, compile_model)
+
+    _answer(evaluate_model(model, against, open_model, reference=reference, features=features,
+                           feature_weights=feature_weights, download=download, images=images, batch=batch,
+                           folder=folder, seed=seed, resume=resume, dry_run=dry_run, progress=_progress), as_json)
+
+
+@app.command()
+@verb
+def train(
+    plan: Annotated[Path | None, typer.Argument(help="A training plan (TOML). Without it: --preset and --data.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where checkpoints and the model go.")] = Path("runs/train"),
+    preset: Annotated[str | None, typer.Option(help="XS/4, S/2 ...: see `list presets`.")] = None,
+    data: Annotated[str | None, typer.Option(help="fashion-mnist, a folder, an .npz, hf:NAME, encoded latents.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    device: Device = None, resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Train a model from a plan or a preset; interrupted, it resumes to the bit.
+
+    Under `accelerate launch -m slimdit.cli train ...` the same command uses many GPUs.
+    """
+    from .commands import train_model, training_plan
+
+    chosen = training_plan(plan, preset=preset, data=data, size=size,
+                           changes={"steps": steps, "batch": batch, "learning_rate": learning_rate, "seed": seed})
+    _answer(train_model(chosen, folder, device, resume, dry_run, err), as_json)
+
+
+@app.command()
+@verb
+def encode(
+    data: Annotated[str, typer.Argument(help="fashion-mnist, a folder, an .npz or hf:NAME.")],
+    autoencoder: Annotated[str, typer.Option(help="A diffusers AutoencoderKL: a folder or a Hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where the latents go; workers may share it.")],
+    size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 1024,
+    worker: Annotated[int, typer.Option(min=0, help="Which of the workers this is, from 0.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="How many workers share the folder.")] = 1,
+    flips: Annotated[bool, typer.Option(help="Keep the mirrored image's latents too.")] = True,
+    seed: Seed = 0, device: Device = None, resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Encode images to latents once, for `train`."""
+    from .commands import encode_images
+
+    _answer(encode_images(data, autoencoder, folder, size=size, batch=batch, shard=shard, worker=worker,
+                          workers=workers, flips=flips, seed=seed, device=_device(device), resume=resume,
+                          dry_run=dry_run, progress=_progress), as_json)
+
+
+@app.command()
+@verb
+def inspect(
+    file: Annotated[str, typer.Argument(help="A checkpoint: a file, a folder, 'bundled' or a Hub id.")],
+    heads: Heads = None, weights: Weights = "ema", as_json: Json = False,
+) -> None:
+    """What a checkpoint is: format, structure, size, MACs, and what can be applied to it here."""
+    from .commands import inspect_checkpoint
+
+    _answer(inspect_checkpoint(file, weights, heads), as_json)
+
+
+@app.command()
+@verb
+def check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    model: Annotated[str | None, typer.Option(help="The model, instead of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole recipe on the tiny twin of its model, in seconds."""
+    from . import recipe as room
+
+    chosen = room.find(recipe)
+    pipeline = _load(model or chosen.model, "cpu", None, "ema", None)
+    _answer({"recipe": chosen.name, "witness": room.check(chosen, pipeline)}, as_json)
+
+
+@app.command()
+@verb
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `bench` wrote.")],
+    update: Annotated[Path | None, typer.Option(help="A Markdown file whose table is to be rendered anew.")] = None,
+    name: Annotated[str, typer.Option(help="The table's name in that file's markers.")] = "demo",
+    as_json: Json = False,
+) -> None:
+    """Render the records of a folder: table, and report.html."""
+    from . import bench as room
+
+    records = room.read_records(folder)
+    room.write_report(folder, records)
+    if update:
+        room.update_table(update, name, records)
+    if as_json:
+        _print_json([record.to_dict() for record in records])
+    else:
+        out.print(room.table(records))
+
+
+@app.command()
+@verb
+def compare(
+    first: Annotated[Path, typer.Argument(help="A folder that `bench` wrote.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Json = False,
+) -> None:
+    """Put two runs of the same protocol side by side."""
+    from . import bench as room
+
+    rows = room.compare(first, second)
+    if as_json:
+        _print_json(rows)
+    else:
+        out.print(room.comparison_table(rows, str(first), str(second)))
+
+
+@app.command(name="list")
+@verb
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, metrics, solvers, presets, formats, recipes or protocols.")],
+    as_json: Json = False,
+) -> None:
+    """What there is, a line each with its options."""
+    from .catalogue import CATALOGUE
+
+    if what not in CATALOGUE:
+        from .strict import nearest
+
+        raise ValueError(f"list: there is no list of {what!r}; {nearest(what, CATALOGUE)}")
+    rows = CATALOGUE[what]()
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        out.print(f"[bold]{row['name']}[/]  {row['about']}", highlight=False)
+        if row.get("options"):
+            out.print(f"    {row['options']}", style="dim", highlight=False)
+
+
+def _load(source: str, device: str | None, dtype: str | None, weights: str, heads: int | None,
+          compile_model: bool = False) -> Pipeline:
+    from dataclasses import replace
+
+    from .formats import load
+
+    pipeline = load(source, weights=weights, heads=heads).to(_device(device))
+    changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    if compile_model:
+        changes["compile"] = True
+    return pipeline.replace(runtime=replace(pipeline.runtime, **changes))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: PyTorch sees no CUDA device here; use --device cpu")
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one PyTorch knows; use cpu, cuda or cuda:N") from error
+
+
+def _progress(what: str, total: int) -> Any:
+    """A progress bar on stderr, as a context manager whose value is called with the number done."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+    return bar()
+
+
+def _answer(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            out.print(f"[bold]{name}[/]")
+            for key, item in value.items():
+                out.print(f"  {key}: {item}", highlight=False, markup=False)
+        elif isinstance(value, list):
+            out.print(f"[bold]{name}[/]")
+            for item in value:
+                out.print(f"  {item}", highlight=False, markup=False)
+        else:
+            out.print(f"[bold]{name}[/]: ", end="")
+            out.print(str(value), highlight=False, markup=False)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: use fewer images at a time, a smaller model or another dtype"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(sentence: str, code: int) -> None:
+    err.print(f"slimdit: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

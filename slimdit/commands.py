@@ -1,0 +1,266 @@
+"""What stands behind the verbs `sample`, `evaluate`, `train`, `encode` and `inspect`: rooms put together, results as dictionaries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .files import write_json, write_text, writing
+from .formats import describe, load, save
+from .metrics.cost import macs, parameters, run_macs
+from .models.dit import DiT
+from .pipeline import Pipeline
+from .report.charts import curve_svg, grid_png
+from .report.record import provenance
+from .sample_set import SampleSet, fingerprint
+from .sampling.solvers import evaluations
+from .training.data import open_data
+from .training.loop import Progress, read_curve, train
+from .training.plan import DataPlan, ModelPlan, TrainingPlan, read_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(what, total) to a progress bar."""
+
+
+def sample_images(pipeline: Pipeline, changes: Mapping[str, Any], count: int, folder: Path, form: str,
+                  label: int | None, batch: int, seed: int, resume: bool, dry_run: bool, bar: Bar) -> dict[str, Any]:
+    """Make `count` images and write them as PNG files, a grid or ADM's `.npz`.
+
+    Raises:
+        ValueError: the form is unknown, or the folder holds images already.
+    """
+    if form not in ("png", "grid", "npz"):
+        raise ValueError(f"sample: form {form!r} is unknown; use png, grid or npz")
+    pipeline = pipeline.replace(sampling=replace(pipeline.sampling, **changes))
+    told = {"images": count, "sampling": pipeline.sampling.to_dict(), "seed": seed, "out": str(folder),
+            "model evaluations": count * evaluations(pipeline.process, pipeline.sampling)}
+    if dry_run:
+        return told
+    begin_folder(folder / "shards", resume)
+    origin = {"model": pipeline.name, "sampling": pipeline.sampling.to_dict(), "runtime": asdict(pipeline.runtime),
+              "label": label}
+    sampled = SampleSet(folder / "shards", count, seed, batch, origin, label)
+    with bar("sampling", count) as progress:
+        sampled.make(pipeline, progress)
+    images, labels = sampled.read()
+    return {**told, "files": write_images(images, labels, folder, form), "sha256": fingerprint(images)}
+
+
+def write_images(images: np.ndarray, labels: np.ndarray, folder: Path, form: str) -> list[str]:
+    """Write images in the form asked for; returns the paths (the first three of many)."""
+    if form == "npz":
+        path = folder / "samples.npz"
+        with writing(path) as beside, beside.open("wb") as file:
+            np.savez(file, arr_0=images, arr_1=labels)
+        return [str(path)]
+    if form == "grid":
+        path = folder / "grid.png"
+        grid_png(images, max(1, round(len(images) ** 0.5)), path, scale=2 if images.shape[1] < 128 else 1)
+        return [str(path)]
+    for image_id, image in enumerate(images):
+        grid_png(image[None], 1, folder / f"{image_id:06d}.png", gap=0)
+    return [str(folder / f"{image_id:06d}.png") for image_id in range(min(3, len(images)))]
+
+
+def begin_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that holds images, unless it is to be gone on with.
+
+    Raises:
+        FileExistsError: it does.
+    """
+    if (folder / "manifest.json").exists() and not resume:
+        raise FileExistsError(f"{folder} holds images already: add --resume to go on with them, or name another folder "
+                              "with --out")
+
+
+def evaluate_model(source: str, against: str | None, open_model: Callable[[str], Pipeline], *, reference: str,
+                   features: str, feature_weights: Path | None, download: bool, images: int, batch: int, folder: Path,
+                   seed: int, resume: bool, dry_run: bool, progress: Bar) -> dict[str, Any]:
+    """Quality and cost of a model, or quality of an `.npz` of samples, beside another where given.
+
+    Raises:
+        ValueError: the two have different numbers of images, or a file is refused.
+    """
+    from .metrics.evaluate import compare, distributions, open_reference
+    from .metrics.features import extractor
+
+    told = {"model": source, "against": against, "images": images, "seed": seed, "features": features,
+            "reference": reference}
+    if dry_run:
+        return told
+    network = extractor(features, weights="download" if download else feature_weights)
+    target = open_reference(reference, network)
+    first = images_of(source, open_model, folder / "model", images, batch, seed, resume, progress)
+    extracted = network(first["images"], range(len(first["images"])))
+    result: dict[str, Any] = {**told, "images": len(first["images"]), "definition": network.definition,
+                              "metrics": as_plain(distributions(extracted, first["labels"], target, network.name)),
+                              "cost": first["cost"], "sha256": fingerprint(first["images"])}
+    if against is not None:
+        second = images_of(against, open_model, folder / "against", images, batch, seed, resume, progress)
+        if len(second["images"]) != len(first["images"]):
+            raise ValueError(f"{source} has {len(first['images'])} images and {against} {len(second['images'])}: "
+                             "compare equal numbers only")
+        base = network(second["images"], range(len(second["images"])))
+        comparison = compare(first["images"], extracted, second["images"], base, target, network.name, paired_images=True)
+        result |= {"against_metrics": as_plain(distributions(base, second["labels"], target, network.name)),
+                   "comparison": as_plain(comparison.intervals), "verdict": comparison.verdict,
+                   "against_cost": second["cost"]}
+    return result
+
+
+def images_of(source: str, open_model: Callable[[str], Pipeline], folder: Path, count: int, batch: int, seed: int,
+              resume: bool, bar: Bar) -> dict[str, Any]:
+    """The images of a model, sampled or resumed, or those of an `.npz` file; and what the model costs."""
+    if source.endswith(".npz"):
+        from .metrics.adm import read_samples
+
+        images, labels = read_samples(Path(source))
+        return {"images": images, "labels": labels, "cost": {}}
+    pipeline = open_model(source)
+    begin_folder(folder, resume)
+    sampled = SampleSet(folder, count, seed, batch, {"model": source, "sampling": pipeline.sampling.to_dict(),
+                                                     "runtime": asdict(pipeline.runtime)})
+    with bar(f"sampling {source}", count) as progress:
+        sampled.make(pipeline, progress)
+    images, labels = sampled.read()
+    return {"images": images, "labels": labels, "cost": costs(pipeline)}
+
+
+def costs(pipeline: Pipeline) -> dict[str, Any]:
+    """What can be computed of a pipeline without running it."""
+    config = pipeline.model.config
+    forward = macs(config).total
+    return {"parameters": parameters(config), "macs": forward, "flops": 2 * forward,
+            "run_macs": run_macs(config, pipeline.process, pipeline.sampling),
+            "evaluations per image": evaluations(pipeline.process, pipeline.sampling)}
+
+
+def as_plain(intervals: Mapping[str, Any]) -> dict[str, Any]:
+    """Intervals as JSON-ready dictionaries."""
+    return {name: {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+            for name, interval in intervals.items()}
+
+
+def training_plan(path: Path | None, *, preset: str | None, data: str | None, size: int | None,
+                  changes: Mapping[str, Any]) -> TrainingPlan:
+    """The plan in a file, or one of a preset and a data set; with the changes that are not None.
+
+    Raises:
+        ValueError: neither is given, or a value is refused.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if path is not None:
+        if preset is not None:
+            raise ValueError("train: give a plan or --preset, not both")
+        plan = read_plan(path)
+        where = {name: value for name, value in (("source", data), ("size", size)) if value is not None}
+        return replace(plan, training=replace(plan.training, **given), data=replace(plan.data, **where))
+    if preset is None or data is None or "steps" not in given:
+        raise ValueError("train: give a plan (a TOML file), or --preset, --data and --steps")
+    from .training.loop import TrainConfig
+
+    return TrainingPlan(name=preset.replace("/", "-"), model=ModelPlan(preset=preset), data=DataPlan(data, size),
+                        training=TrainConfig(**given))
+
+
+def train_model(plan: TrainingPlan, folder: Path, device: str | None, resume: bool, dry_run: bool,
+                console: Console) -> dict[str, Any]:
+    """Train a plan's model; write checkpoints and the curve as it goes, then the model and its record."""
+    data = open_data(plan.data.source, size=plan.data.size, split=plan.data.split, flip=plan.data.flip)
+    config = plan.model.config(data.shape, data.classes)
+    told = {"plan": plan.name, "parameters": parameters(config), "data": plan.data.source, "images in data": len(data),
+            "steps": plan.training.steps, "images seen": plan.training.steps * plan.training.batch, "out": str(folder)}
+    if dry_run:
+        return told
+    torch.manual_seed(plan.training.seed)
+    model = DiT(config)
+    autoencoder = getattr(data, "autoencoder", None)
+    pipeline = Pipeline(model, sampling=plan.sampling, name=plan.name,
+                        **({"autoencoder": autoencoder} if autoencoder else {}))
+    with training_bar(console, plan.training.steps) as show:
+        train(model, pipeline.process, data, plan.training, folder, resume=resume, device=device, report=show)
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_trained(pipeline, plan, folder, told)
+    return {**told, "model": str(folder / "model")}
+
+
+def save_trained(pipeline: Pipeline, plan: TrainingPlan, folder: Path, told: Mapping[str, Any]) -> None:
+    """The model with its averaged weights, what it took, and its curve as a picture."""
+    save(pipeline, folder / "model", dtype="bfloat16" if plan.store_bfloat16 else "float32")
+    curve = read_curve(folder / "curve.jsonl")
+    write_text(folder / "curve.svg", curve_svg([(row["images"], row["loss"]) for row in curve],
+                                               title=f"{plan.name}: training loss", x="images", y="loss"))
+    write_json(folder / "record.json", {
+        **told, "training": asdict(plan.training), "final loss": curve[-1]["loss"],
+        "seconds": round(sum(row["seconds"] for row in curve), 1),
+        "provenance": provenance(seeds={"training": plan.training.seed})})
+
+
+def training_bar(console: Console, steps: int) -> Any:
+    """A progress bar with loss and images/s, whose value takes a `Progress`."""
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                   TimeRemainingColumn())
+        with Bars(*columns, console=console) as bars:
+            task = bars.add_task("", total=steps)
+
+            def show(progress: Progress) -> None:
+                bars.update(task, completed=progress.step, description=f"loss {progress.loss:.4f}  "
+                                                                       f"{progress.images_per_second:.0f} images/s")
+                if not console.is_terminal:
+                    console.print(f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
+                                  f"{progress.images_per_second:.0f} images/s", highlight=False)
+
+            yield show
+
+    return bar()
+
+
+def encode_images(source: str, autoencoder: str, folder: Path, *, size: int | None, batch: int, shard: int, worker: int,
+                  workers: int, flips: bool, seed: int, device: str, resume: bool, dry_run: bool,
+                  progress: Bar) -> dict[str, Any]:
+    """Encode a data set's images to latents, this worker's shards of them.
+
+    Raises:
+        FileExistsError: the folder holds latents, and neither resuming nor several workers were asked for.
+    """
+    from .models.autoencoder import KLAutoencoder
+    from .training.encode import encode
+
+    data = open_data(source, size=size)
+    told = {"data": source, "images": len(data), "out": str(folder), "worker": f"{worker} of {workers}"}
+    if dry_run:
+        return told
+    if folder.exists() and any(folder.iterdir()) and not resume and workers == 1:
+        raise FileExistsError(f"{folder} is not empty: add --resume to go on with it, or name another folder with --out")
+    with progress("encoding", len(data)) as show:
+        encode(data, KLAutoencoder(autoencoder).to(device), folder, flips=flips, batch=batch, shard=shard, seed=seed,
+               worker=worker, workers=workers, progress=show)
+    return told
+
+
+def inspect_checkpoint(source: str, weights: str, heads: int | None) -> dict[str, Any]:
+    """What a checkpoint is, what it costs, and which methods apply to it here."""
+    from .methods import METHODS
+    from .recipe import applicable
+
+    found = describe(source)
+    pipeline = load(source, weights=weights, heads=heads)
+    return {**found, "sampling": pipeline.sampling.to_dict(), "cost": costs(pipeline),
+            "methods": {name: applicable(name, pipeline) for name in METHODS}}

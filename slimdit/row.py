@@ -1,0 +1,366 @@
+"""One row of a bench, in a process of its own: apply its recipe, then measure what came out.
+
+`python -m slimdit.row STAGE SPEC` runs a stage of the row that the JSON file SPEC describes. A crash, a hang or a lack of
+memory ends this process alone; the bench that started it makes a record of how it ended. Progress is told as JSON lines on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import write_json
+from .protocol import Protocol
+from .report.record import BASELINE, Images, Record, Value, provenance, write
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .metrics.features import Features
+    from .pipeline import Pipeline
+
+GRID = 40  # images shown of a row
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is.
+
+    Attributes:
+        name: of its record.
+        folder: of the whole bench.
+        model: what the recipe starts from.
+        recipe: the recipe as TOML; None for the baseline.
+        seed: of its images.
+        timed: whether it is timed; the A/A row is the baseline's model, and is not.
+    """
+
+    name: str
+    folder: str
+    model: str
+    protocol: Protocol
+    recipe: str | None = None
+    seed: int = 0
+    timed: bool = True
+    device: str = "cpu"
+    command: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """The row's name as a folder's."""
+        return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in self.name)
+
+    @property
+    def home(self) -> Path:
+        """Where the row keeps its model, images and features."""
+        return Path(self.folder) / "rows" / self.slug
+
+    def baseline(self) -> Row:
+        """The row it is compared with."""
+        return replace(self, name=BASELINE, recipe=None, seed=self.protocol.seed, timed=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "protocol": self.protocol.to_dict(), "command": list(self.command)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """The row that `to_dict` described."""
+        return cls(**{**values, "protocol": Protocol.from_dict(values["protocol"]), "command": tuple(values["command"])})
+
+
+def prepare(row: Row) -> None:
+    """Make the row's model and save it: the baseline's, or what its recipe makes of that."""
+    from .context import Context
+    from .formats import save
+    from .recipe import parse
+    from .recipe import run as run_recipe
+
+    pipeline = baseline_pipeline(row)
+    context = Context(teacher=pipeline, folder=row.home / "model", device=row.device, seed=row.seed)
+    if row.recipe is not None:
+        run_recipe(parse(row.recipe, row.name), pipeline, context, resume=True)
+    else:
+        save(pipeline, row.home / "model")
+    write_json(row.home / "witness.json", list(context.witnesses))
+
+
+def baseline_pipeline(row: Row) -> Pipeline:
+    """The model as the protocol's baseline runs it: its own weights, the protocol's sampling, the best float, compiled."""
+    from .context import Context
+    from .formats import load
+    from .methods.compile import Compile
+
+    pipeline = load(row.model).to(row.device)
+    wanted = {name: value for name, value in asdict(row.protocol.sampling).items() if value is not None}
+    runtime = row.protocol.runtime
+    pipeline = pipeline.replace(sampling=replace(pipeline.sampling, **wanted))
+    context = Context(teacher=pipeline, folder=row.home, device=row.device, seed=row.seed)
+    chosen = Compile(dtype=runtime.dtype, attention=runtime.attention).apply(pipeline, context)
+    return chosen.replace(runtime=replace(chosen.runtime, compile=runtime.compile))
+
+
+def measure(row: Row) -> Record:
+    """Sample, judge and time the row's saved model, and write its record."""
+    from .formats import load
+    from .metrics.speed import resident_bytes
+
+    watch = Stopwatch()
+    import_libraries(row)
+    started = resident_bytes()
+    with watch.stage("load"):
+        pipeline = load(row.home / "model").to(row.device)
+    metrics: dict[str, Value] = {}
+    if row.timed:
+        with watch.stage("memory"):
+            metrics["peak_memory"] = peak_memory(row, pipeline, started)
+    with watch.stage("sample"):
+        images, labels, sampled = sample(row, pipeline)
+    with watch.stage("quality"):
+        quality, against, verdict = judge(row, images, labels)
+    metrics |= quality | costs(row, pipeline)
+    remarks = []
+    if row.timed:
+        with watch.stage("speed"):
+            speeds, ratios = clock(row, pipeline)
+        metrics |= speeds
+        against |= ratios
+    if row.name != BASELINE:
+        remarks = notes(row, sampled, against)
+    record = Record(
+        name=row.name, recipe=recipe_dict(row), protocol=resolved(row, pipeline), metrics=metrics,
+        against_baseline=against, verdict=verdict, remarks=tuple(remarks),
+        witness=json.loads((row.home / "witness.json").read_text()),
+        provenance=provenance(seeds={"images": row.seed}, dtype=pipeline.runtime.dtype, device=row.device,
+                              threads=row.protocol.threads, command=row.command or None),
+        seconds=watch.seconds,
+        images=Images(grid=f"../rows/{row.slug}/grid.png", sha256=sampled))
+    write(record, Path(row.folder) / "records")
+    return record
+
+
+def import_libraries(row: Row) -> None:
+    """Import what running takes, so that it is not counted as the model's memory."""
+    import torch
+
+    from . import formats, pipeline  # noqa: F401
+
+    if row.protocol.threads:
+        torch.set_num_threads(row.protocol.threads)
+    if row.protocol.runtime.compile:
+        import torch._inductor.compile_fx
+
+
+def peak_memory(row: Row, pipeline: Pipeline, started: int) -> Value:
+    """The most memory a warmed-up sampling run holds, beyond the interpreter and its libraries."""
+    from .metrics.speed import peak_memory as measured
+
+    batch = max(row.protocol.latency_batches)
+    tell(row, "warm up", 0, 1)
+    pipeline.sample(range(batch), seed=row.seed, batch=batch)
+    with measured(row.device, started) as peak:
+        pipeline.sample(range(batch), seed=row.seed, batch=batch)
+    return Value(float(peak.bytes), unit="bytes")
+
+
+def sample(row: Row, pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, str]:
+    """The row's images, resumed where they stopped, with their labels and their hash."""
+    from .report.charts import grid_png
+    from .sample_set import SampleSet, fingerprint
+
+    count = row.protocol.images
+    origin = {"model": model_hash(row.home / "model"), "protocol": row.protocol.name}
+    images_of = SampleSet(row.home / "images", count, row.seed, row.protocol.batch, origin)
+    images_of.make(pipeline, lambda done: tell(row, "sample", done, count))
+    images, labels = images_of.read()
+    grid_png(images[:GRID], 10, row.home / "grid.png", scale=2)
+    return images, labels, fingerprint(images)
+
+
+def judge(row: Row, images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Value], dict[str, Value], str]:
+    """Quality metrics, differences to the baseline with intervals, and the verdict."""
+    from .metrics.evaluate import compare, distributions, open_reference
+    from .metrics.features import extractor
+    from .sample_set import SampleSet
+
+    protocol = row.protocol
+    weights = Path(protocol.feature_weights) if protocol.feature_weights else None
+    network = extractor(protocol.features, weights=weights, device=row.device)
+    reference = open_reference(protocol.reference, network)
+    ids = range(len(images))
+    tell(row, "features", 0, 1)
+    features = network(images, ids)
+    save_features(row.home / "features.npz", features)
+    settings = {"resamples": protocol.resamples, "seed": protocol.seed}
+    tell(row, "intervals", 0, 1)
+    metrics = {name: as_value(name, interval) for name, interval in
+               distributions(features, labels, reference, network.name, **settings).items()}
+    if row.name == BASELINE:
+        return metrics, {}, ""
+    base = row.baseline()
+    origin = {"model": model_hash(base.home / "model"), "protocol": protocol.name}
+    base_images, _ = SampleSet(base.home / "images", protocol.images, base.seed, protocol.batch, origin).read()
+    comparison = compare(images, features, base_images, load_features(base.home / "features.npz"), reference,
+                         network.name, paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
+    against = {name: as_value(name, interval) for name, interval in comparison.intervals.items()}
+    return metrics, against, comparison.verdict
+
+
+def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Throughput and latency of whole sampling runs, and their ratios to the baseline timed in turns with the row."""
+    from .formats import load
+    from .metrics.speed import interleaved
+
+    base = pipeline if row.name == BASELINE else load(row.baseline().home / "model").to(row.device)
+    speeds: dict[str, Value] = {}
+    ratios: dict[str, Value] = {}
+    for batch in (*row.protocol.latency_batches, row.protocol.batch):
+        tell(row, f"time batch {batch}", 0, 1)
+
+        def run(which: Pipeline, batch: int = batch) -> None:
+            which.sample(range(batch), seed=row.seed, batch=batch)
+
+        if which_is_throughput := batch == row.protocol.batch:
+            rounds = max(3, row.protocol.rounds // 2)
+        else:
+            rounds = row.protocol.rounds
+        timed = interleaved(lambda: run(base), lambda: run(pipeline), rounds=rounds, warmup=1)
+        ratio = Value(timed.ratio, timed.low, timed.high, timed.rounds, "x")
+        if which_is_throughput:
+            speeds["throughput"] = Value(*timed.throughput(batch), timed.rounds, "images/s")
+            ratios["throughput_ratio"] = ratio
+        else:
+            latency = timed.latency()
+            speeds[f"latency_p50_batch{batch}"] = Value(latency.p50, n=timed.rounds, unit="s")
+            speeds[f"latency_p95_batch{batch}"] = Value(latency.p95, n=timed.rounds, unit="s")
+            ratios[f"latency_ratio_batch{batch}"] = ratio
+    return speeds, {} if row.name == BASELINE else ratios
+
+
+def as_value(name: str, interval: Any) -> Value:
+    """A metric's interval as a record keeps it."""
+    from .metrics import METRICS
+
+    metric = METRICS.get(name.removesuffix("_difference"))
+    return Value(float(interval.value), interval.low, interval.high, interval.n, metric.unit if metric else "")
+
+
+def costs(row: Row, pipeline: Pipeline) -> dict[str, Value]:
+    """What can be computed without running: MACs, FLOPs, parameters, bytes on disk."""
+    from .metrics.cost import macs, parameters, run_macs
+
+    forward = macs(pipeline.model.config).total
+    return {
+        "macs": Value(float(forward), unit="MACs"),
+        "flops": Value(float(2 * forward), unit="FLOPs"),
+        "run_macs": Value(float(run_macs(pipeline.model.config, pipeline.process, pipeline.sampling)), unit="MACs"),
+        "parameters": Value(float(parameters(pipeline.model.config))),
+        "size": Value(float((row.home / "model" / "model.safetensors").stat().st_size), unit="bytes"),
+    }
+
+
+def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
+    """What must be said of a row: that it changed nothing, or is slower."""
+    said = []
+    baseline = json.loads((Path(row.folder) / "records" / f"{BASELINE}.json").read_text())
+    if sampled == baseline["images"]["sha256"]:
+        said.append("no effect")
+    slower = [name for name, value in against.items() if name.startswith(("throughput_ratio", "latency_ratio"))
+              and value.high is not None and value.high < 1]
+    if "throughput_ratio" in slower:
+        said.append("slower")
+    said.extend(f"slower at batch {name.removeprefix('latency_ratio_batch')}" for name in slower
+                if name != "throughput_ratio")
+    return said
+
+
+def resolved(row: Row, pipeline: Pipeline) -> dict[str, Any]:
+    """The protocol as it came to be for this row, with the row's own sampling and runtime."""
+    return {**row.protocol.to_dict(), "model": row.model, "row_sampling": pipeline.sampling.to_dict(),
+            "row_runtime": asdict(pipeline.runtime)}
+
+
+def recipe_dict(row: Row) -> dict[str, Any]:
+    """The resolved recipe, or an empty one."""
+    from .recipe import parse
+
+    return parse(row.recipe, row.name).to_dict() if row.recipe is not None else {}
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Keep features for the rows that will be compared with them."""
+    import numpy as np
+
+    from .files import writing
+
+    kept = {name: value for name in ("pool", "spatial", "logits") if (value := getattr(features, name)) is not None}
+    with writing(path) as beside, beside.open("wb") as file:
+        np.savez(file, **kept)
+
+
+def load_features(path: Path) -> Features:
+    """The features that `save_features` kept."""
+    import numpy as np
+
+    from .metrics.features import Features
+
+    with np.load(path, allow_pickle=False) as kept:
+        return Features(**{name: kept[name] for name in kept.files})
+
+
+def model_hash(folder: Path) -> str:
+    """The hash of a saved model: its weights and its config."""
+    from .sample_set import file_hash
+
+    return file_hash(folder / "model.safetensors")[:16] + file_hash(folder / "config.json")[:16]
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def tell(row: Row, stage: str, done: int, total: int) -> None:
+    """Tell the bench how far the row is."""
+    print(json.dumps({"row": row.name, "stage": stage, "done": done, "total": total}), flush=True)  # noqa: T201
+
+
+STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure}
+
+
+def main() -> None:
+    """Run a stage; a refusal or an error is one sentence in `outcome.json` and the exit code of its kind."""
+    stage, spec = sys.argv[1:]
+    row = Row.from_dict(json.loads(Path(spec).read_text()))
+    try:
+        STAGES[stage](row)
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        import traceback
+
+        traceback.print_exc()
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
+            or "can't allocate memory" in str(error)
+        code = getattr(error, "exit_code", 1)
+        status = "out_of_memory" if out_of_memory else "refused" if code == 3 else "failed"
+        write_json(row.home / "outcome.json", {"status": status, "reason": " ".join(str(error).split())[:600]
+                                               or type(error).__name__})
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A training plan: which model on which data for how long, as a TOML file that stands beside what it made."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..models.dit import DiTConfig, preset, uniform
+from ..sampling.solvers import Sampling
+from ..strict import build
+from .loop import TrainConfig
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A preset by name, or depth, width, heads and patch.
+
+    Raises:
+        ValueError: neither, or both.
+    """
+
+    preset: str | None = None
+    depth: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    patch: int | None = None
+    learn_sigma: bool = True
+    label_dropout: float = 0.1
+    frequency_shift: int = 0
+
+    def __post_init__(self) -> None:
+        shape = (self.depth, self.width, self.heads, self.patch)
+        if (self.preset is None) == (None in shape) or (self.preset and any(side is not None for side in shape)):
+            raise ValueError("give either a preset, or all of depth, width, heads and patch")
+
+    def config(self, shape: tuple[int, int, int], classes: int) -> DiTConfig:
+        """The structure for data of this shape (channels, height, width) and number of classes."""
+        options = dict(input_size=shape[1:], channels=shape[0], classes=classes, learn_sigma=self.learn_sigma,
+                       label_dropout=self.label_dropout, frequency_shift=self.frequency_shift)
+        if self.preset is not None:
+            return preset(self.preset, **options)
+        return uniform(depth=self.depth, width=self.width, heads=self.heads, patch=self.patch, **options)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What to learn from, as `open_data` takes it."""
+
+    source: str
+    size: int | None = None
+    split: str = "train"
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything `slimdit train` needs."""
+
+    name: str
+    model: ModelPlan
+    data: DataPlan
+    training: TrainConfig
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def read_plan(path: Path) -> TrainingPlan:
+    """The plan in a TOML file.
+
+    Raises:
+        ValueError: it is not TOML, or a name or value in it is refused.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    parts = {"model": ModelPlan, "data": DataPlan, "training": TrainConfig, "sampling": Sampling}
+    for name, cls in parts.items():
+        if name in values:
+            values[name] = build(cls, values[name], f"{path}: {name}")
+    return build(TrainingPlan, values, str(path))
