@@ -413,6 +413,13 @@ def test_a_diffusers_folder_gives_the_pipeline_back(pipeline, tmp_path):
     assert "DiTTransformer2DModel" in readme
 
 
+def test_a_schedule_too_long_for_the_width_is_said_not_to_be_equal(pipeline, tmp_path, caplog):
+    for steps, equal in ((50, True), (250, False)):
+        formats.save(pipeline.replace(sampling=Sampling(steps=steps)), tmp_path / str(steps), format="diffusers")
+        assert ("NOT" not in (tmp_path / str(steps) / "README.md").read_text()) == equal
+        assert ("NOT" not in caplog.text) == equal
+
+
 @pytest.mark.parametrize("shape", ["DiT", "fast-DiT"])
 def test_plain_diffusers_samples_the_images_of_a_pt(shape, tmp_path):
     config = preset("XS/4", input_size=(8, 8), channels=1, classes=10)

@@ -6,6 +6,7 @@ its timestep frequencies by another constant than the original DiT (docs/design/
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +48,8 @@ IN_BLOCK = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0",
 SOLVER_OF = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "DPMSolverMultistepScheduler": "dpmpp_2m",
              "UniPCMultistepScheduler": "unipc"}
 SPACINGS = ("leading", "trailing", "linspace")  # those that diffusers has too
+UNEQUAL = 1e-4  # deviation of the timestep embedding, relative to its size, above which outputs are not called equal
+log = logging.getLogger(__name__)
 
 
 def recognises(path: Path) -> bool:
@@ -371,7 +374,11 @@ def explain(pipeline: Pipeline, found: Refit | None) -> list[str]:
             f"deviation of the embedding (whose largest value is {found.size:.3g}) is {found.scheduled:.1e} at those "
             f"timesteps and {found.anywhere:.1e} at any of the {pipeline.process.steps}. slimdit itself reads the "
             f"original embedder from `slimdit.safetensors`.")
-        if found.anywhere > 1e-3 * found.size:
+        if found.scheduled > UNEQUAL * found.size:
+            notes.append(f"So plain diffusers does NOT give this model's outputs: {visited} timesteps are more than an "
+                         f"embedder of width {config.width} can be refitted to. Save it with fewer steps.")
+            log.warning("%s", notes[-1])
+        elif found.anywhere > UNEQUAL * found.size:
             notes.append("Sample with exactly those timesteps in diffusers: between them the model is a different one. "
                          "For another number of steps, set it in slimdit and save again.")
     if pipeline.sampling.timesteps is not None or pipeline.sampling.spacing not in SPACINGS:
