@@ -28,10 +28,10 @@ def metrics() -> Rows:
 
 def solvers() -> Rows:
     """The solvers, and the spacings they take."""
-    from .sampling.settings import SOLVER_NAMES, SPACING_NAMES
+    from .sampling.settings import SOLVERS, SPACINGS
 
-    spacings = f"spacing: {', '.join(SPACING_NAMES)}"
-    return [{"name": name, "about": about, "options": spacings} for name, about in SOLVER_NAMES.items()]
+    spacings = f"spacing: {', '.join(SPACINGS)}"
+    return [{"name": name, "about": about, "options": spacings} for name, about in SOLVERS.items()]
 
 
 def presets() -> Rows:
@@ -44,9 +44,7 @@ def presets() -> Rows:
 
 def formats() -> Rows:
     """The file formats."""
-    from .formats.catalogue import FORMAT_NAMES
-
-    return [{"name": name, "about": about} for name, about in FORMAT_NAMES.items()]
+    return [{"name": name, "about": about} for name, about in FORMATS.items()]
 
 
 def recipes() -> Rows:
@@ -64,6 +62,13 @@ def protocols() -> Rows:
     return [{"name": name, "about": f"{(rules := find_protocol(name)).images} images a row, {rules.rounds} timed rounds",
              "options": f"margin: {dict(rules.margin)}"} for name in shipped_protocols()]
 
+
+FORMATS = {
+    "native": "a folder of config.json and model.safetensors, read and written",
+    "diffusers": "a diffusers folder (model_index.json or a bare transformer), read and written",
+    "original": "a .pt or .safetensors of DiT or fast-DiT, read",
+}
+"""What there is in `formats.FORMATS`, which imports PyTorch."""
 
 CATALOGUE: Mapping[str, Callable[[], Rows]] = {
     "methods": methods, "metrics": metrics, "solvers": solvers, "presets": presets, "formats": formats,

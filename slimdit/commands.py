@@ -196,10 +196,10 @@ def train_model(plan: TrainingPlan, folder: Path, device: str | None, resume: bo
 
 def save_trained(pipeline: Pipeline, plan: TrainingPlan, folder: Path, told: Mapping[str, Any]) -> None:
     """The model with its averaged weights, what it took, and its curve as a picture."""
-    save(pipeline, folder / "model", dtype="bfloat16" if plan.store_bfloat16 else "float32")
+    save(pipeline, folder / "model", dtype=plan.stored)
     curve = read_curve(folder / "curve.jsonl")
     write_text(folder / "curve.svg", curve_svg([(row["images"], row["loss"]) for row in curve],
-                                               title=f"{plan.name}: training loss", x="images", y="loss"))
+                                               title=f"{plan.name}: training loss"))
     write_json(folder / "record.json", {
         **told, "training": asdict(plan.training), "final loss": curve[-1]["loss"],
         "seconds": round(sum(row["seconds"] for row in curve), 1),

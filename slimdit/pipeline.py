@@ -85,7 +85,7 @@ class Pipeline:
             uint8, (len(ids), height, width, channels).
 
         Raises:
-            ValueError: a label is not one of the model's classes.
+            ValueError: a label is not one of the model's classes, or guidance has no null class to use.
         """
         chosen = (image_labels(seed, ids, self.model.config.classes) if labels is None
                   else torch.as_tensor(list(labels), dtype=torch.int64))
@@ -93,6 +93,9 @@ class Pipeline:
             raise ValueError(f"{len(ids)} images were asked for with {len(chosen)} labels: give one label per image")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.model.config.classes:
             raise ValueError(f"labels must be in 0..{self.model.config.classes - 1}, not {chosen.tolist()}")
+        if self.sampling.guidance != 1 and not self.model.config.label_dropout:
+            raise ValueError("guidance needs a null class, and this model was trained without dropped labels: sample it "
+                             "with guidance 1")
         parts = []
         for start in range(0, len(ids), batch):
             parts.append(self._sample_batch(ids[start:start + batch], chosen[start:start + batch], seed, batch))
@@ -118,10 +121,11 @@ class Pipeline:
         dtype = DTYPES[self.runtime.dtype]
         model = copy.deepcopy(self.model) if dtype != self._stored_dtype() else self.model
         model = model.to(dtype).eval()
-        model.use_attention(self.runtime.attention_form(model.config.tokens, self.device))
+        form = self.runtime.attention_form(model.config.tokens, self.device)
         forward = torch.compile(model, dynamic=False) if self.runtime.compile else model
 
         def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            model.use_attention(form)  # another pipeline may share the model and execute it otherwise
             return forward(x.to(dtype), t, y).float()
 
         return denoise

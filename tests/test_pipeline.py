@@ -10,7 +10,8 @@ from slimdit.models.autoencoder import PixelSpace
 from slimdit.models.dit import DiT, uniform
 from slimdit.pipeline import Pipeline, Runtime, to_uint8
 from slimdit.sampling.seeds import ImageNoise, image_labels, seeded
-from slimdit.sampling.solvers import SOLVERS, Sampling, solve
+from slimdit.sampling.settings import SOLVERS
+from slimdit.sampling.solvers import Sampling, solve
 
 CONFIG = uniform(depth=2, width=16, heads=2, patch=2, input_size=(4, 8), channels=3, classes=5)
 

@@ -14,7 +14,7 @@ from ..context import Context, require
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
-    from ..sampling.solvers import Sampling
+    from ..sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ReduceSteps:
     timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        from ..sampling.solvers import Sampling
+        from ..sampling.settings import Sampling
 
         Sampling(**self.named())
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import AttentionForm, SoftmaxAttention
 from .feedforward import MLP
 from .linear import replace_linear
+from .presets import PATCHES, PRESETS
 
 FREQUENCIES = 256  # features of the sinusoidal timestep embedding, fixed in every published DiT
 NORM_EPS = 1e-6
@@ -129,25 +130,6 @@ class DiTConfig:
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"model config: {error}") from error
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Depth, width and heads under the name the literature uses."""
-
-    depth: int
-    width: int
-    heads: int
-
-
-PRESETS: Mapping[str, Preset] = {
-    "XS": Preset(6, 256, 4),
-    "S": Preset(12, 384, 6),
-    "B": Preset(12, 768, 12),
-    "L": Preset(24, 1024, 16),
-    "XL": Preset(28, 1152, 16),
-}
-PATCHES = (2, 4, 8)
 
 
 def preset(name: str, *, input_size: tuple[int, int] = (32, 32), channels: int = 4, classes: int = 1000,

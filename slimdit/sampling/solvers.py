@@ -9,95 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..strict import nearest
 from .process import Denoise, NoiseProcess, PosteriorTables, learned_log_variance
 from .seeds import ImageNoise
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How noise becomes an image, as data.
-
-    Attributes:
-        solver: a name in `SOLVERS`.
-        steps: timesteps visited; with `timesteps`, their number.
-        spacing: a name in `SPACINGS`: which timesteps are visited.
-        guidance: scale of classifier-free guidance; 1 is none, and costs no second pass.
-        guidance_channels: how many of the first predicted noise channels are guided; the others stay conditional.
-            None guides all; DiT's published samples use 3 (of 4).
-        guidance_interval: first and last timestep, both included, at which guidance acts.
-        timesteps: the timesteps themselves, descending, instead of a spacing.
-
-    Raises:
-        ValueError: a value is refused; the sentence says which and why.
-    """
-
-    solver: str = "ddim"
-    steps: int = 50
-    spacing: str = "trailing"
-    guidance: float = 1.0
-    guidance_channels: int | None = None
-    guidance_interval: tuple[int, int] = (0, 1000)
-    timesteps: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _require_known("solver", self.solver, SOLVERS)
-        _require_known("spacing", self.spacing, SPACINGS)
-        if not _is_whole(self.steps, least=1):
-            raise ValueError(f"sampling: steps must be a whole number above 0, not {self.steps!r}")
-        if not _is_number(self.guidance) or not 1 <= self.guidance < math.inf:
-            raise ValueError(f"sampling: guidance must be 1 (none) or more, not {self.guidance!r}")
-        if self.guidance_channels is not None and not _is_whole(self.guidance_channels, least=1):
-            raise ValueError(f"sampling: guidance_channels must be a whole number above 0, or left out to guide all "
-                             f"channels, not {self.guidance_channels!r}")
-        self._check_interval()
-        if self.timesteps is not None:
-            self._check_timesteps(self.timesteps)
-        elif self.steps == 1 and self.spacing in STARTS_CLEAN:
-            raise ValueError(f"sampling: spacing {self.spacing!r} with 1 step would visit timestep 0 only, where there "
-                             f"is no noise left to remove; use spacing 'trailing'")
-
-    def _check_interval(self) -> None:
-        interval = self.guidance_interval
-        if not (isinstance(interval, Sequence) and len(interval) == 2 and all(map(_is_number, interval))
-                and interval[0] <= interval[1]):
-            raise ValueError(f"sampling: guidance_interval must be two timesteps, the lower first, not {interval!r}")
-        object.__setattr__(self, "guidance_interval", tuple(interval))
-
-    def _check_timesteps(self, visited: Sequence[int]) -> None:
-        if not isinstance(visited, Sequence) or isinstance(visited, str) or not all(map(_is_whole, visited)):
-            raise ValueError(f"sampling: timesteps must be whole numbers of 0 or more, not {visited!r}")
-        if any(earlier <= later for earlier, later in pairwise(visited)):
-            raise ValueError(f"sampling: timesteps must descend without repeats, not {list(visited)}")
-        if len(visited) != self.steps:
-            raise ValueError(f"sampling: steps is {self.steps} but {len(visited)} timesteps are given: "
-                             f"set steps to their number")
-        object.__setattr__(self, "timesteps", tuple(visited))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description from which `from_dict` builds the same settings."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Sampling:
-        """The settings that `to_dict` described; what is left out takes its default.
-
-        Raises:
-            ValueError: a key is unknown, or a value is refused.
-        """
-        known = [field.name for field in fields(cls)]
-        for name in data:
-            if name not in known:
-                raise ValueError(f"sampling: {name!r} is unknown; {nearest(name, known)}")
-        return cls(**data)
+from .settings import Sampling
 
 
 def timesteps(process: NoiseProcess, sampling: Sampling) -> list[int]:
@@ -113,7 +32,7 @@ def timesteps(process: NoiseProcess, sampling: Sampling) -> list[int]:
         return list(sampling.timesteps)
     if sampling.steps > process.steps:
         raise ValueError(f"sampling: {sampling.steps} steps are more than the {process.steps} timesteps of the process")
-    return SPACINGS[sampling.spacing](process, sampling.steps)
+    return PLACES[sampling.spacing](process, sampling.steps)
 
 
 def evaluations(process: NoiseProcess, sampling: Sampling) -> int:
@@ -154,7 +73,7 @@ def solve(denoise: Denoise, process: NoiseProcess, sampling: Sampling, noise: Im
         return prediction
 
     shares = [*process.alphas_cumprod[visited].tolist(), 1.0]
-    return SOLVERS[sampling.solver].function(predict, shares, x, lambda: noise.draw().to(device))
+    return SOLVE[sampling.solver](predict, shares, x, lambda: noise.draw().to(device))
 
 
 Prediction = tuple[Tensor, Tensor | None]
@@ -290,23 +209,13 @@ class _Path:
         return self.sigma[following] / self.sigma[step] * x - self.alpha[following] * math.expm1(-h) * target
 
 
-@dataclass(frozen=True)
-class Solver:
-    """A solver by name; `stochastic` ones draw noise at every step."""
-
-    name: str
-    about: str
-    stochastic: bool
-    function: Callable[[Predict, Sequence[float], Tensor, Draw], Tensor]
-
-
-SOLVERS: Mapping[str, Solver] = {solver.name: solver for solver in (
-    Solver("ddpm", "ancestral sampling with the learned variance, as DiT publishes (250 steps, spacing respaced)",
-           True, ddpm),
-    Solver("ddim", "deterministic, first order (50 steps)", False, ddim),
-    Solver("dpmpp_2m", "DPM-Solver++ 2M: deterministic, second order, multistep (15 to 25 steps)", False, dpmpp_2m),
-    Solver("unipc", "UniPC: DPM-Solver++ 2M with a corrector that costs nothing (8 to 20 steps)", False, unipc),
-)}
+SOLVE: Mapping[str, Callable[[Predict, Sequence[float], Tensor, Draw], Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+}
+"""How the solvers of `settings.SOLVERS` solve."""
 
 
 def _leading(process: NoiseProcess, steps: int) -> list[int]:
@@ -343,27 +252,11 @@ def _uniform_lambda(process: NoiseProcess, steps: int) -> list[int]:
     return [min(place, process.steps - 1 - step) for step, place in enumerate(places)]
 
 
-SPACINGS: Mapping[str, Callable[[NoiseProcess, int], list[int]]] = {
+PLACES: Mapping[str, Callable[[NoiseProcess, int], list[int]]] = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,
     "respaced": _respaced,
     "uniform_lambda": _uniform_lambda,
 }
-"""Timesteps by name. Leading, trailing and linspace are table 2 of arXiv 2305.08891, as diffusers' DDIMScheduler counts
-them (with no offset); respaced is the stride of ADM and DiT; uniform_lambda has equal steps of the log signal-to-noise
-ratio."""
-STARTS_CLEAN = ("leading", "linspace", "respaced")  # their only timestep, when asked for one, is 0
-
-
-def _require_known(what: str, name: Any, table: Mapping[str, Any]) -> None:
-    if name not in table:
-        raise ValueError(f"sampling: {what} {name!r} is unknown; {nearest(name, table)}")
-
-
-def _is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+"""How the spacings of `settings.SPACINGS` choose timesteps."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from ..models.dit import DiTConfig, preset, uniform
 from ..sampling.solvers import Sampling
 from ..strict import build
 from .loop import TrainConfig
+
+StoredDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class ModelPlan:
 
     def config(self, shape: tuple[int, int, int], classes: int) -> DiTConfig:
         """The structure for data of this shape (channels, height, width) and number of classes."""
-        options = dict(input_size=shape[1:], channels=shape[0], classes=classes, learn_sigma=self.learn_sigma,
-                       label_dropout=self.label_dropout, frequency_shift=self.frequency_shift)
+        options: dict[str, Any] = {
+            "input_size": shape[1:], "channels": shape[0], "classes": classes, "learn_sigma": self.learn_sigma,
+            "label_dropout": self.label_dropout, "frequency_shift": self.frequency_shift}
         if self.preset is not None:
             return preset(self.preset, **options)
-        return uniform(depth=self.depth, width=self.width, heads=self.heads, patch=self.patch, **options)
+        return uniform(depth=self.depth or 0, width=self.width or 0, heads=self.heads or 0, patch=self.patch, **options)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class TrainingPlan:
     data: DataPlan
     training: TrainConfig
     sampling: Sampling = field(default_factory=Sampling)
+    stored: StoredDtype = "float32"  # of the weights in the saved model
 
 
 def read_plan(path: Path) -> TrainingPlan:
