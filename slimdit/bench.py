@@ -1,4 +1,4 @@
-"""The main job: a baseline and every recipe against it, each row in its own process, with a record of how each ended."""
+"""The main job: a baseline and every recipe against it, each row in its own process, each ending in a record."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .context import require
 from .files import write_json, write_text
 from .protocol import Protocol, find_protocol
 from .recipe import Recipe, find, shipped
-from .report.record import AA, BASELINE, Record, in_order, provenance, read, read_all, record_path, write
+from .report.record import AA, BASELINE, RECORD, Record, in_order, provenance, read, read_all, record_path, write
 from .row import Row
 from .strict import nearest
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILURES = ("loss", "slower", "failed")
+COMPARED = ("images", "seed", "batch", "features", "reference", "sampling")  # what two comparable benches share
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,8 @@ def how_it_ended(row: Row, stage: str, code: int, timed_out: bool) -> tuple[Any,
 
 def kill(process: subprocess.Popen) -> None:
     """End a process and everything it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager
@@ -301,6 +301,11 @@ def write_report(folder: Path, records: Sequence[Record]) -> None:
     write_text(folder / "table.md", markdown(records, METRICS) + "\n")
 
 
+def plain(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records JSON-ready."""
+    return [RECORD.dump_python(record, mode="json") for record in records]
+
+
 def table(records: Sequence[Record]) -> Table:
     """The records as a table for a terminal."""
     from .metrics import METRICS
@@ -333,36 +338,37 @@ def failing(records: Sequence[Record], condition: str) -> list[str]:
     return [record.name for record in records if tests[condition](record)]
 
 
-def compare(first: Path, second: Path) -> list[dict[str, Any]]:
-    """Rows of two runs side by side, where both have them.
+def comparable(first: Path, second: Path) -> tuple[list[Record], list[Record]]:
+    """The records of two benches that followed one protocol.
 
     Raises:
-        ValueError: the runs followed different protocols.
+        ValueError: they have no row in common.
+        Refused: they were measured differently, so their numbers do not compare.
     """
-    one, two = ({record.name: record for record in read_records(folder)} for folder in (first, second))
-    shared = [name for name in one if name in two]
-    if not shared:
+    one, two = read_records(first), read_records(second)
+    others = {record.name: record for record in two}
+    pairs = [(record, others[record.name]) for record in one if record.name in others]
+    if not pairs:
         raise ValueError(f"{first} and {second} have no row in common")
-    keys = ("images", "seed", "batch", "features", "reference", "sampling")
-    for name in shared:
-        if changed := [key for key in keys if one[name].protocol.get(key) != two[name].protocol.get(key)]:
-            from .context import Refused
-
-            raise Refused(f"{first} and {second} were measured by different protocols ({', '.join(changed)}): compare "
-                          "runs of one protocol")
-    return [{"row": name, "metric": metric, "first": one[name].quantity(metric).value,
-             "second": two[name].quantity(metric).value}
-            for name in shared
-            for metric in (*one[name].metrics, *one[name].against_baseline)
-            if one[name].quantity(metric) and two[name].quantity(metric)]
+    changed = [key for key in COMPARED if any(a.protocol.get(key) != b.protocol.get(key) for a, b in pairs)]
+    require(not changed, f"{first} and {second} were measured by different protocols ({', '.join(changed)}): compare "
+                         "runs of one protocol")
+    return one, two
 
 
-def comparison_table(rows: Sequence[dict[str, Any]], first: str, second: str) -> Table:
-    """The result of `compare` for a terminal."""
-    from rich.table import Table
+def side_by_side(one: Sequence[Record], two: Sequence[Record]) -> list[dict[str, Any]]:
+    """What two benches measured of the same rows, JSON-ready."""
+    others = {record.name: record for record in two}
+    return [{"row": record.name, "metric": metric, "first": asdict(a), "second": asdict(b)}
+            for record in one if record.name in others
+            for metric in (*record.metrics, *record.against_baseline)
+            if (a := record.quantity(metric)) and (b := others[record.name].quantity(metric))]
 
-    table = Table("row", "metric", first, second, "second / first")
-    for row in rows:
-        ratio = f"{row['second'] / row['first']:.3f}" if row["first"] else ""
-        table.add_row(row["row"], row["metric"], f"{row['first']:.5g}", f"{row['second']:.5g}", ratio)
-    return table
+
+def comparison_table(one: Sequence[Record], two: Sequence[Record]) -> Table:
+    """Two benches side by side, for a terminal."""
+    from .metrics import METRICS
+    from .report.render import compare
+    from .report.render import comparison_table as drawn
+
+    return drawn(compare(one, two, METRICS))

@@ -38,7 +38,8 @@ def presets() -> Rows:
     """The presets with their structure."""
     from .models.presets import PATCHES, PRESETS
 
-    return [{"name": f"{name}/{patch}", "about": f"{shape.depth} blocks, {shape.width} wide, {shape.heads} heads, patch {patch}"}
+    return [{"name": f"{name}/{patch}",
+             "about": f"{shape.depth} blocks, {shape.width} wide, {shape.heads} heads, patch {patch}"}
             for name, shape in PRESETS.items() for patch in PATCHES]
 
 
@@ -59,7 +60,8 @@ def protocols() -> Rows:
     """The shipped protocols."""
     from .protocol import find_protocol, shipped_protocols
 
-    return [{"name": name, "about": f"{(rules := find_protocol(name)).images} images a row, {rules.rounds} timed rounds",
+    return [{"name": name,
+             "about": f"{(rules := find_protocol(name)).images} images a row, {rules.rounds} timed rounds",
              "options": f"margin: {dict(rules.margin)}"} for name in shipped_protocols()]
 
 

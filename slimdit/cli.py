@@ -1,7 +1,8 @@
 """The command line: one short function per verb, and the same manners for all of them.
 
-Results go to stdout (one JSON document with `--json`), progress and logs to stderr. Exit codes: 0 done, 1 failed, 2 usage,
-3 refused by a rule, 4 quality gate not met, 5 interrupted and resumable. PyTorch is imported by the verbs that need it only.
+Results go to stdout (one JSON document with `--json`), progress and logs to stderr. Exit codes: 0 done, 1 failed, 2
+usage, 3 refused by a rule, 4 quality gate not met, 5 interrupted and resumable. PyTorch is imported only by the verbs
+that need it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def verb(function: Callable[P, Any]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except KeyboardInterrupt:
-            _fail("interrupted; run the same command with --resume to go on", INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            _fail(str(stop) or "interrupted; run the same command with --resume to go on", INTERRUPTED)
         except (ValueError, OSError, ImportError, MemoryError) as error:
             _fail(_sentence(error), getattr(error, "exit_code", FAILED))
 
@@ -66,11 +67,11 @@ def bench(
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipe files, or names of shipped recipes.")] = None,
     model: Annotated[str, typer.Option(help="What to make cheaper: a path, 'bundled' or a Hub id.")] = "bundled",
     protocol: Annotated[str, typer.Option(help="How to measure: a shipped protocol or a TOML file.")] = "quick",
-    folder: Annotated[Path, typer.Option("--out", help="Where records, images and the report go.")] = Path("runs/bench"),
+    folder: Annotated[Path, typer.Option("--out", help="Where records and the report go.")] = Path("runs/bench"),
     images: Annotated[int | None, typer.Option(help="Images per row, instead of the protocol's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the images, instead of the protocol's.")] = None,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="The baseline's dtype. [default: the best float of the machine]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The baseline's dtype. [default: the machine's best]")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a row may take, instead of the protocol's.")] = None,
     fail_if: Annotated[str | None, typer.Option(help="Exit with 4 if any row ends so: loss, slower, failed.")] = None,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
@@ -89,7 +90,7 @@ def bench(
     records = room.run(plan, resume=resume, console=err)
     if as_json:
         _print_json({"folder": str(folder), "report": str(folder / "report.html"),
-                     "rows": [record.to_dict() for record in records]})
+                     "rows": room.plain(records)})
     else:
         out.print(room.table(records))
         out.print(f"Report: {folder / 'report.html'}")
@@ -132,7 +133,7 @@ def sample(
     images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     folder: Annotated[Path, typer.Option("--out", help="Where the images go.")] = Path("runs/samples"),
     form: Annotated[str, typer.Option("--form", help="png (a file each), grid (one PNG) or npz (ADM's).")] = "grid",
-    label: Annotated[int | None, typer.Option(help="One class for all images. [default: all classes, balanced]")] = None,
+    label: Annotated[int | None, typer.Option(help="One class for all images. [default: balanced]")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of the model's.")] = None,
     solver: Annotated[str | None, typer.Option(help="Solver, instead of the model's: see `list solvers`.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance, instead of the model's; 1 is none.")] = None,
@@ -181,10 +182,10 @@ def evaluate(
 @app.command()
 @verb
 def train(
-    plan: Annotated[Path | None, typer.Argument(help="A training plan (TOML). Without it: --preset and --data.")] = None,
+    plan: Annotated[Path | None, typer.Argument(help="A training plan (TOML), or use --preset and --data.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where checkpoints and the model go.")] = Path("runs/train"),
     preset: Annotated[str | None, typer.Option(help="XS/4, S/2 ...: see `list presets`.")] = None,
-    data: Annotated[str | None, typer.Option(help="fashion-mnist, a folder, an .npz, hf:NAME, encoded latents.")] = None,
+    data: Annotated[str | None, typer.Option(help="fashion-mnist, a folder, .npz, hf:NAME, latents.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
@@ -268,7 +269,7 @@ def report(
     if update:
         room.update_table(update, name, records)
     if as_json:
-        _print_json([record.to_dict() for record in records])
+        _print_json(room.plain(records))
     else:
         out.print(room.table(records))
 
@@ -283,11 +284,11 @@ def compare(
     """Put two runs of the same protocol side by side."""
     from . import bench as room
 
-    rows = room.compare(first, second)
+    one, two = room.comparable(first, second)
     if as_json:
-        _print_json(rows)
+        _print_json(room.side_by_side(one, two))
     else:
-        out.print(room.comparison_table(rows, str(first), str(second)))
+        out.print(room.comparison_table(one, two))
 
 
 @app.command(name="list")

@@ -1,4 +1,4 @@
-"""What stands behind the verbs `sample`, `evaluate`, `train`, `encode` and `inspect`: rooms put together, results as dictionaries."""
+"""What stands behind the verbs `sample`, `evaluate`, `train`, `encode` and `inspect`; results are dictionaries."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def evaluate_model(source: str, against: str | None, open_model: Callable[[str],
             raise ValueError(f"{source} has {len(first['images'])} images and {against} {len(second['images'])}: "
                              "compare equal numbers only")
         base = network(second["images"], range(len(second["images"])))
-        comparison = compare(first["images"], extracted, second["images"], base, target, network.name, paired_images=True)
+        comparison = compare(first["images"], extracted, second["images"], base, target, network.name)
         result |= {"against_metrics": as_plain(distributions(base, second["labels"], target, network.name)),
                    "comparison": as_plain(comparison.intervals), "verdict": comparison.verdict,
                    "against_cost": second["cost"]}
@@ -248,7 +248,7 @@ def encode_images(source: str, autoencoder: str, folder: Path, *, size: int | No
     if dry_run:
         return told
     if folder.exists() and any(folder.iterdir()) and not resume and workers == 1:
-        raise FileExistsError(f"{folder} is not empty: add --resume to go on with it, or name another folder with --out")
+        raise FileExistsError(f"{folder} is not empty: add --resume to go on with it, or name another with --out")
     with progress("encoding", len(data)) as show:
         encode(data, KLAutoencoder(autoencoder).to(device), folder, flips=flips, batch=batch, shard=shard, seed=seed,
                worker=worker, workers=workers, progress=show)

@@ -24,8 +24,8 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         _sync(beside)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        beside.chmod(0o644)
+        beside.replace(path)
         _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
@@ -61,7 +61,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
 

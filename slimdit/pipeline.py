@@ -94,8 +94,8 @@ class Pipeline:
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.model.config.classes:
             raise ValueError(f"labels must be in 0..{self.model.config.classes - 1}, not {chosen.tolist()}")
         if self.sampling.guidance != 1 and not self.model.config.label_dropout:
-            raise ValueError("guidance needs a null class, and this model was trained without dropped labels: sample it "
-                             "with guidance 1")
+            raise ValueError("guidance needs a null class, and this model was trained without dropped labels: "
+                             "sample it with guidance 1")
         parts = []
         for start in range(0, len(ids), batch):
             parts.append(self._sample_batch(ids[start:start + batch], chosen[start:start + batch], seed, batch))
@@ -163,6 +163,6 @@ class Pipeline:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images in -1..1, (batch, channels, h, w), to uint8 (batch, h, w, channels): clamped, then rounded half to even."""
+    """Images in -1..1, (batch, channels, h, w), to uint8 (batch, h, w, channels): clamped, rounded half to even."""
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,7 +1,8 @@
 """One row of a bench, in a process of its own: apply its recipe, then measure what came out.
 
-`python -m slimdit.row STAGE SPEC` runs a stage of the row that the JSON file SPEC describes. A crash, a hang or a lack of
-memory ends this process alone; the bench that started it makes a record of how it ended. Progress is told as JSON lines on stdout.
+`python -m slimdit.row STAGE SPEC` runs a stage of the row that the JSON file SPEC describes. A crash, a hang or a lack
+of memory ends this process alone; the bench that started it makes a record of how it ended. Progress is told as JSON
+lines on stdout.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Row:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """The row that `to_dict` described."""
-        return cls(**{**values, "protocol": Protocol.from_dict(values["protocol"]), "command": tuple(values["command"])})
+        protocol = Protocol.from_dict(values["protocol"])
+        return cls(**{**values, "protocol": protocol, "command": tuple(values["command"])})
 
 
 def prepare(row: Row) -> None:
@@ -92,7 +94,7 @@ def prepare(row: Row) -> None:
 
 
 def baseline_pipeline(row: Row) -> Pipeline:
-    """The model as the protocol's baseline runs it: its own weights, the protocol's sampling, the best float, compiled."""
+    """The model as the protocol's baseline runs it: the protocol's sampling, the best float, compiled."""
     from .context import Context
     from .formats import load
     from .methods.compile import Compile

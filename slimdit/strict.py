@@ -1,4 +1,4 @@
-"""Building frozen dataclasses from people's TOML and JSON: unknown names and wrong types are refused with a sentence."""
+"""Building frozen dataclasses from people's TOML and JSON: wrong names and types are refused with a sentence."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (
     Metric("macs", "MACs", "lower", "multiply-accumulates of one forward of one image"),
     Metric("flops", "FLOPs", "lower", "operations of one forward of one image: twice the MACs"),
     Metric("run_macs", "MACs", "lower", "multiply-accumulates of sampling one image: all steps, guidance counted"),
-    Metric("parameters", "", "lower", "numbers of the model, its fixed position table included as the literature counts"),
+    Metric("parameters", "", "lower", "numbers of the model, its fixed position table included"),
     Metric("size", "bytes", "lower", "bytes of the saved weights"),
     # Cost, clocked.
     Metric("throughput", "images/s", "higher", "images a second over the whole sampling loop, guidance included"),

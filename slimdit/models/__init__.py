@@ -1,0 +1,1 @@
+"""What a DiT is made of: tokens, blocks, attention, linear layers, autoencoders."""

@@ -141,7 +141,7 @@ def preset(name: str, *, input_size: tuple[int, int] = (32, 32), channels: int =
     """
     size, _, patch = name.removeprefix("DiT-").partition("/")
     if size not in PRESETS or patch not in {str(p) for p in PATCHES}:
-        raise ValueError(f"preset {name!r} is unknown: use {', '.join(PRESETS)} with a patch, as in S/2 (patches 2, 4, 8)")
+        raise ValueError(f"preset {name!r} is unknown: use {', '.join(PRESETS)} with a patch of 2, 4 or 8, as in S/2")
     shape = PRESETS[size]
     return uniform(depth=shape.depth, width=shape.width, heads=shape.heads, patch=int(patch), input_size=input_size,
                    channels=channels, classes=classes, **options)

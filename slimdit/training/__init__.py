@@ -1,0 +1,1 @@
+"""Passes over data: what to learn from, and the loop that learns."""
