@@ -88,7 +88,7 @@ def plan(recipes: Sequence[str], *, model: str, protocol: str, folder: Path, ima
             raise ValueError(f"bench: recipe {recipe.name} is for {recipe.model}, not {model}: bench it with "
                              f"--model {recipe.model}")
     rules = find_protocol(protocol)
-    changes = {"images": images, "seed": seed, "timeout_s": timeout}
+    changes: dict[str, Any] = {"images": images, "seed": seed, "timeout_s": timeout}
     rules = replace(rules, **{name: value for name, value in changes.items() if value is not None})
     if dtype is not None:
         rules = Protocol.from_dict({**rules.to_dict(), "runtime": {**rules.to_dict()["runtime"], "dtype": dtype}})

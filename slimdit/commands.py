@@ -15,6 +15,7 @@ import torch
 from .files import write_json, write_text, writing
 from .formats import describe, load, save
 from .metrics.cost import macs, parameters, run_macs
+from .models.autoencoder import autoencoder_from_dict
 from .models.dit import DiT
 from .pipeline import Pipeline
 from .report.charts import curve_svg, grid_png
@@ -22,6 +23,7 @@ from .report.record import provenance
 from .sample_set import SampleSet, fingerprint
 from .sampling.solvers import evaluations
 from .training.data import open_data
+from .training.encode import EncodedLatents
 from .training.loop import Progress, read_curve, train
 from .training.plan import DataPlan, ModelPlan, TrainingPlan, read_plan
 
@@ -47,8 +49,7 @@ def sample_images(pipeline: Pipeline, changes: Mapping[str, Any], count: int, fo
     if dry_run:
         return told
     begin_folder(folder / "shards", resume)
-    origin = {"model": pipeline.name, "sampling": pipeline.sampling.to_dict(), "runtime": asdict(pipeline.runtime),
-              "label": label}
+    origin = {"model": pipeline.name, "sampling": pipeline.sampling.to_dict(), "runtime": asdict(pipeline.runtime)}
     sampled = SampleSet(folder / "shards", count, seed, batch, origin, label)
     with bar("sampling", count) as progress:
         sampled.make(pipeline, progress)
@@ -163,7 +164,7 @@ def training_plan(path: Path | None, *, preset: str | None, data: str | None, si
         if preset is not None:
             raise ValueError("train: give a plan or --preset, not both")
         plan = read_plan(path)
-        where = {name: value for name, value in (("source", data), ("size", size)) if value is not None}
+        where: dict[str, Any] = {name: value for name, value in (("source", data), ("size", size)) if value is not None}
         return replace(plan, training=replace(plan.training, **given), data=replace(plan.data, **where))
     if preset is None or data is None or "steps" not in given:
         raise ValueError("train: give a plan (a TOML file), or --preset, --data and --steps")
@@ -184,9 +185,9 @@ def train_model(plan: TrainingPlan, folder: Path, device: str | None, resume: bo
         return told
     torch.manual_seed(plan.training.seed)
     model = DiT(config)
-    autoencoder = getattr(data, "autoencoder", None)
-    pipeline = Pipeline(model, sampling=plan.sampling, name=plan.name,
-                        **({"autoencoder": autoencoder} if autoencoder else {}))
+    pipeline = Pipeline(model, sampling=plan.sampling, name=plan.name)
+    if isinstance(data, EncodedLatents):
+        pipeline = pipeline.replace(autoencoder=autoencoder_from_dict(data.autoencoder))
     with training_bar(console, plan.training.steps) as show:
         train(model, pipeline.process, data, plan.training, folder, resume=resume, device=device, report=show)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -250,9 +251,9 @@ def encode_images(source: str, autoencoder: str, folder: Path, *, size: int | No
     if folder.exists() and any(folder.iterdir()) and not resume and workers == 1:
         raise FileExistsError(f"{folder} is not empty: add --resume to go on with it, or name another with --out")
     with progress("encoding", len(data)) as show:
-        encode(data, KLAutoencoder(autoencoder).to(device), folder, flips=flips, batch=batch, shard=shard, seed=seed,
-               worker=worker, workers=workers, progress=show)
-    return told
+        whole = encode(data, KLAutoencoder(autoencoder).to(device), folder, source=source, flips=flips, batch=batch,
+                       shard=shard, seed=seed, worker=worker, workers=workers, progress=lambda done, total: show(done))
+    return {**told, "whole": whole}
 
 
 def inspect_checkpoint(source: str, weights: str, heads: int | None) -> dict[str, Any]:

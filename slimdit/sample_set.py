@@ -25,6 +25,7 @@ class SampleSet:
     """Images 0 to count - 1 of a pipeline and a seed.
 
     Attributes:
+        label: the class of all images; the ids' own where None.
         origin: what made the images (model, sampling, runtime ...), compared before a folder is gone on with.
     """
 
@@ -33,6 +34,7 @@ class SampleSet:
     seed: int
     batch: int
     origin: Mapping[str, Any]
+    label: int | None = None
 
     def make(self, pipeline: Pipeline, progress: Callable[[int], None] | None = None) -> None:
         """Sample the shards that are not there yet; `progress` gets the number of images that are.
@@ -45,8 +47,9 @@ class SampleSet:
             ids = range(start, min(start + self.batch, self.count))
             path = self._shard(start)
             if path.name not in hashes or not path.exists() or file_hash(path) != hashes[path.name]:
-                images = pipeline.sample(ids, seed=self.seed, batch=self.batch)
-                labels = image_labels(self.seed, ids, pipeline.model.config.classes).numpy()
+                labels = (image_labels(self.seed, ids, pipeline.model.config.classes).numpy() if self.label is None
+                          else np.full(len(ids), self.label))
+                images = pipeline.sample(ids, seed=self.seed, batch=self.batch, labels=labels.tolist())
                 with writing(path) as beside, beside.open("wb") as file:
                     np.savez(file, arr_0=images, arr_1=labels)
                 hashes[path.name] = file_hash(path)
@@ -82,7 +85,7 @@ class SampleSet:
 
     def _identity(self) -> dict[str, Any]:
         # `count` may grow: more images of the same origin go on where these end.
-        return {"seed": self.seed, "batch": self.batch, "origin": dict(self.origin)}
+        return {"seed": self.seed, "batch": self.batch, "label": self.label, "origin": dict(self.origin)}
 
     @property
     def _manifest(self) -> Path:

@@ -103,7 +103,8 @@ def compare(images: np.ndarray, features: Features, base_images: np.ndarray, bas
             quality.kid_of(features.pool, reference.pool), quality.kid_of(base.pool, reference.pool), n, **options)
     if paired_images:
         found["psnr"] = bootstrap_mean(paired.psnr(images, base_images), seed=seed)
-        found["ssim"] = bootstrap_mean(paired.ssim(images, base_images), seed=seed)
+        if min(images.shape[1:3]) >= paired.WINDOW:
+            found["ssim"] = bootstrap_mean(paired.ssim(images, base_images), seed=seed)
         found["feature_distance"] = bootstrap_mean(paired.feature_distance(features.pool, base.pool), seed=seed)
     allowed = (margin or {}).get(name)
     said = "" if allowed is None else verdict(found[f"{name}_difference"], allowed, METRICS[name].better)

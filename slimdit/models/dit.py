@@ -187,6 +187,8 @@ class DiT(nn.Module):
     Parameters carry the names of the original DiT's checkpoints.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -226,14 +228,16 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        _zero(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for module in self.t_embedder.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        for branch in (*self.blocks, self.final_layer):
+            for parameter in branch.adaLN_modulation.parameters():
+                _zero(parameter)
+        for parameter in self.final_layer.linear.parameters():
+            _zero(parameter)
 
     def use_attention(self, form: AttentionForm) -> None:
         """Choose how softmax attention is executed in every block."""
@@ -298,7 +302,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(batch,) to (batch, width)."""
-        return self.mlp(timestep_features(t, self.frequency_shift).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_features(t, self.frequency_shift).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -347,6 +351,11 @@ def unpatchify(tokens: Tensor, config: DiTConfig) -> Tensor:
     rows, columns = config.grid
     patches = tokens.view(-1, rows, columns, config.patch, config.patch, config.out_channels)
     return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, config.out_channels, *config.input_size)
+
+
+def _zero(parameter: Tensor | None) -> None:
+    if parameter is not None:
+        nn.init.zeros_(parameter)
 
 
 def _require_positive(where: str, name: str, value: Any) -> None:

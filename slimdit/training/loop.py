@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
 from ..models.dit import DiT, DiTConfig
+from ..pipeline import Runtime
 from ..sampling.process import Denoise, LossWeighting, NoiseProcess, training_loss
 from ..sampling.seeds import seeded
 from .data import ImageData
@@ -162,6 +163,7 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
     folder.mkdir(parents=True, exist_ok=True)
 
     model.to(accelerator.device).train()
+    model.use_attention(Runtime(compile=config.compile).attention_form(model.config.tokens, accelerator.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     wrapped, stepper = accelerator.prepare(model, optimizer)  # gives every process the weights of the first
     state = TrainState(model, optimizer, config)
@@ -359,6 +361,11 @@ def append_line(path: Path, row: dict) -> None:
     """Add a JSON line to a log."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read_curve(path: Path) -> list[dict]:
+    """The lines of a log that `append_line` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 def trim_curve(path: Path, step: int) -> None:

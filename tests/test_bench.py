@@ -1,0 +1,215 @@
+"""The bench: every row ends in a record, finished ones are never repeated, and a folder has one bench at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slimdit import bench
+from slimdit.context import Refused
+from slimdit.protocol import Protocol, find_protocol, shipped_protocols
+from slimdit.report.record import AA, BASELINE, Record, Value, read, record_path, write
+from slimdit.row import Row
+
+FEWER = """
+name = "fewer"
+model = "{model}"
+methods = [{{reduce_steps = {{steps = 3}}}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_model: Path, tiny_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> bench.Plan:
+    folder = tmp_path_factory.mktemp("bench")
+    recipe = folder / "fewer.toml"
+    recipe.write_text(FEWER.format(model=tiny_model))
+    nothing = folder / "same.toml"
+    nothing.write_text(f'name = "same"\nmodel = "{tiny_model}"\nmethods = [{{reduce_steps = {{steps = 6}}}}]\n')
+    return bench.plan([str(recipe), str(nothing)], model=str(tiny_model), protocol=str(tiny_protocol),
+                      folder=folder / "out", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def records(plan: bench.Plan) -> dict[str, Record]:
+    return {record.name: record for record in bench.run(plan)}
+
+
+def test_a_bench_measures_baseline_floor_and_recipes_with_intervals(records: dict[str, Record]) -> None:
+    assert list(records) == [BASELINE, AA, "fewer", "same"]
+    assert all(record.status == "done" for record in records.values()), [record.reason for record in records.values()]
+    for record in records.values():
+        distance = record.metrics["fd_lite0"]
+        assert distance.n == 16 and distance.low <= distance.value <= distance.high
+        assert record.metrics["size"].value > 0 and record.provenance["versions"]["torch"]
+    fewer = records["fewer"]
+    assert fewer.metrics["run_macs"].value == records[BASELINE].metrics["run_macs"].value / 2
+    assert {"fd_lite0_difference", "psnr", "ssim", "throughput_ratio", "latency_ratio_batch1"} <= set(
+        fewer.against_baseline)
+    assert fewer.metrics["latency_p50_batch1"].value <= fewer.metrics["latency_p95_batch1"].value
+    assert fewer.verdict == "no loss within 1000"
+    assert fewer.witness[0]["method"] == "reduce_steps"
+    assert fewer.metrics["peak_memory"].value > 0
+
+
+def test_a_row_that_changes_nothing_says_so(records: dict[str, Record]) -> None:
+    assert "no effect" in records["same"].remarks
+    assert records["same"].against_baseline["psnr"].value == 100
+    assert records["same"].against_baseline["fd_lite0_difference"].value == 0
+    assert "no effect" not in records["fewer"].remarks
+
+
+def test_the_floor_is_the_baseline_with_other_seeds(records: dict[str, Record]) -> None:
+    assert records[AA].provenance["seeds"] != records[BASELINE].provenance["seeds"]
+    assert records[AA].images.sha256 != records[BASELINE].images.sha256
+    assert "throughput" not in records[AA].metrics and "psnr" not in records[AA].against_baseline
+
+
+def test_report_and_table_are_written(plan: bench.Plan, records: dict[str, Record]) -> None:
+    page = (plan.folder / "report.html").read_text()
+    assert all(name in page for name in ("fewer", "same", "plotly"))
+    assert "fewer" in (plan.folder / "table.md").read_text()
+    assert [record.name for record in bench.read_records(plan.folder)][:2] == [BASELINE, AA]
+
+
+def test_resume_repeats_nothing_finished_and_redoes_what_is_damaged(plan: bench.Plan,
+                                                                    records: dict[str, Record]) -> None:
+    paths = {name: record_path(plan.folder / "records", name) for name in records}
+    before = {name: path.read_bytes() for name, path in paths.items()}
+    content = json.loads(paths["fewer"].read_text())
+    content["metrics"]["psnr"] = {"value": 99.0}
+    paths["fewer"].write_text(json.dumps(content))  # edited by hand: its hash no longer matches
+    again = {record.name: record for record in bench.run(plan, resume=True)}
+    assert {name for name, path in paths.items() if path.read_bytes() != before[name]} == {"fewer"}
+    assert again["fewer"].images == records["fewer"].images
+
+
+def test_a_folder_of_another_bench_is_refused(plan: bench.Plan, records: dict[str, Record]) -> None:
+    with pytest.raises(ValueError, match="add --resume"):
+        bench.run(plan)
+    with pytest.raises(ValueError, match="another protocol"):
+        bench.run(replace(plan, protocol=replace(plan.protocol, images=17)), resume=True)
+
+
+def test_two_benches_do_not_share_a_folder(plan: bench.Plan, records: dict[str, Record]) -> None:
+    with bench.locked(plan.folder), pytest.raises(ValueError, match="being written by another bench"):
+        bench.run(plan, resume=True)
+
+
+def test_killed_in_the_middle_it_resumes(tiny_model: Path, tiny_protocol: Path, tmp_path: Path,
+                                         records: dict[str, Record]) -> None:
+    recipe = tmp_path / "fewer.toml"
+    recipe.write_text(FEWER.format(model=tiny_model))
+    command = [sys.executable, "-m", "slimdit.cli", "bench", str(recipe), "--model", str(tiny_model), "--protocol",
+               str(tiny_protocol), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = record_path(tmp_path / "out" / "records", BASELINE)
+    deadline = time.monotonic() + 300
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = first.read_bytes()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert first.read_bytes() == kept
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert rows["fewer"]["images"]["sha256"] == records["fewer"].images.sha256
+
+
+@pytest.fixture
+def row(tmp_path: Path, tiny_protocol: Path) -> Row:
+    return Row("bad", str(tmp_path), "missing", find_protocol(str(tiny_protocol)))
+
+
+def stage(monkeypatch: pytest.MonkeyPatch, row: Row, code: str) -> Record:
+    """What becomes of a row whose process runs `code` instead."""
+    started = subprocess.Popen
+
+    def instead(command: list[str], **options: object) -> subprocess.Popen:
+        return started([command[0], "-c", code], **options) if "slimdit.row" in command else started(command, **options)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", instead)
+    bench.measure_row(row, lambda *told: None)
+    return read(record_path(Path(row.folder) / "records", row.name))
+
+
+@pytest.mark.parametrize(("code", "status", "reason"), [
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "SIGSEGV"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out_of_memory", "memory ran out"),
+    ("raise SystemExit(7)", "crashed", "exit code 7"),
+])
+def test_a_row_that_dies_is_a_record_with_its_reason(monkeypatch: pytest.MonkeyPatch, row: Row, code: str, status: str,
+                                                     reason: str) -> None:
+    record = stage(monkeypatch, row, code)
+    assert record.status == status and reason in record.reason
+
+
+def test_a_row_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+    hurried = replace(row, protocol=replace(row.protocol, timeout_s=1))
+    record = stage(monkeypatch, hurried, "import time; time.sleep(60)")
+    assert record.status == "timeout" and "--timeout" in record.reason
+
+
+def test_a_row_whose_model_is_missing_says_so(row: Row) -> None:
+    bench.measure_row(row, lambda *told: None)
+    record = read(record_path(Path(row.folder) / "records", row.name))
+    assert record.status == "failed" and "missing does not exist" in record.reason
+
+
+def test_gates() -> None:
+    good = Record(name="good", verdict="no loss within 1")
+    bad = Record(name="bad", verdict="loss", remarks=("slower",))
+    dead = Record(name="dead", status="crashed", reason="SIGSEGV")
+    rows = [good, bad, dead]
+    assert bench.failing(rows, "loss") == ["bad"] and bench.failing(rows, "slower") == ["bad"]
+    assert bench.failing(rows, "failed") == ["dead"]
+    with pytest.raises(ValueError, match="did you mean 'slower'"):
+        bench.failing(rows, "slow")
+
+
+def test_compare_refuses_other_protocols(tmp_path: Path) -> None:
+    for name, images in (("one", 16), ("two", 16), ("three", 32)):
+        (tmp_path / name / "records").mkdir(parents=True)
+        record = Record(name=BASELINE, protocol={"images": images}, metrics={"fd_lite0": Value(1.0, 0.5, 1.5, images)})
+        write(record, tmp_path / name / "records")
+    one, two = bench.comparable(tmp_path / "one", tmp_path / "two")
+    assert bench.side_by_side(one, two)[0]["first"]["value"] == 1.0
+    with pytest.raises(Refused, match="different protocols \\(images\\)"):
+        bench.comparable(tmp_path / "one", tmp_path / "three")
+
+
+def test_two_recipes_of_one_name_are_refused(tiny_model: Path, tiny_protocol: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "fewer.toml"
+    recipe.write_text(FEWER.format(model=tiny_model))
+    with pytest.raises(ValueError, match="two rows are called fewer"):
+        bench.plan([str(recipe), str(recipe)], model=str(tiny_model), protocol=str(tiny_protocol), folder=tmp_path)
+
+
+def test_shipped_protocols_read_and_round_trip() -> None:
+    assert {"quick", "standard"} <= set(shipped_protocols())
+    for name in shipped_protocols():
+        protocol = find_protocol(name)
+        assert Protocol.from_dict(protocol.to_dict()) == protocol and protocol.margin["fd_lite0"] > 0
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("images = 4", "'name' is missing"),
+    ('name = "x"\nimage = 4', "did you mean 'images'"),
+    ('name = "x"\nimages = 1', "at least 2"),
+    ('name = "x"\nsampling = {solver = 3}', "sampling"),
+    ("name = ", "not a TOML file"),
+])
+def test_a_bad_protocol_is_refused_with_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        find_protocol(str(path))
