@@ -163,7 +163,7 @@ def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
     (row.home / "outcome.json").unlink(missing_ok=True)
     deadline = time.monotonic() + row.protocol.timeout_s
     for stage in ("prepare", "measure"):
-        if stage == "prepare" and (row.home / "witness.json").exists():
+        if stage == "prepare" and (row.maker.home / "witness.json").exists():
             continue
         show(row.name, stage, 0, 1)
         status, reason = run_stage(row, stage, spec, deadline, show)

@@ -37,6 +37,11 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, for how long and in how much room.")]
 Weights = Annotated[str, typer.Option(help="Which weights of a training checkpoint: ema or model.")]
+Vae = Annotated[str | None, typer.Option("--autoencoder", help="AutoencoderKL: a diffusers folder or a Hub id.")]
+Steps = Annotated[int | None, typer.Option(help="Steps, instead of the model's.")]
+Solver = Annotated[str | None, typer.Option(help="Solver, instead of the model's: see `list solvers`.")]
+Spacing = Annotated[str | None, typer.Option(help="Timestep spacing, instead of the model's: see `list solvers`.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance, instead of the model's; 1 is none.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, where a checkpoint does not tell.")]
 
 
@@ -105,7 +110,7 @@ def run(
     folder: Annotated[Path, typer.Option("--out", help="Where the model goes: a new folder.")],
     model: Annotated[str | None, typer.Option(help="The model, instead of the recipe's.")] = None,
     data: Annotated[str | None, typer.Option(help="Images, for methods that learn or calibrate.")] = None,
-    seed: Seed = 0, device: Device = None, weights: Weights = "ema", heads: Heads = None,
+    seed: Seed = 0, device: Device = None, weights: Weights = "ema", heads: Heads = None, autoencoder: Vae = None,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
     """Apply a recipe and save the model, with its recipe."""
@@ -119,7 +124,7 @@ def run(
     from .context import Context
     from .training.data import open_data
 
-    pipeline = _load(source, device, None, weights, heads)
+    pipeline = _load(source, device, None, weights, heads, autoencoder)
     context = Context(teacher=pipeline, folder=folder, data=open_data(data) if data else None,
                       device=str(pipeline.device), seed=seed)
     room.run(chosen, pipeline, context, resume=resume)
@@ -134,21 +139,19 @@ def sample(
     folder: Annotated[Path, typer.Option("--out", help="Where the images go.")] = Path("runs/samples"),
     form: Annotated[str, typer.Option("--form", help="png (a file each), grid (one PNG) or npz (ADM's).")] = "grid",
     label: Annotated[int | None, typer.Option(help="One class for all images. [default: balanced]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps, instead of the model's.")] = None,
-    solver: Annotated[str | None, typer.Option(help="Solver, instead of the model's: see `list solvers`.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance, instead of the model's; 1 is none.")] = None,
+    steps: Steps = None, solver: Solver = None, spacing: Spacing = None, guidance: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
+    autoencoder: Vae = None,
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
     """Make images: PNG files, a grid, or ADM's `.npz`."""
     from .commands import sample_images
 
-    pipeline = _load(model, device, dtype, weights, heads, compile_model)
-    changes = {name: value for name, value in (("steps", steps), ("solver", solver), ("guidance", guidance))
-               if value is not None}
-    _answer(sample_images(pipeline, changes, images, folder, form, label, batch, seed, resume, dry_run, _progress),
+    pipeline = _load(model, device, dtype, weights, heads, autoencoder, compile_model,
+                     steps=steps, solver=solver, spacing=spacing, guidance=guidance)
+    _answer(sample_images(pipeline, images, folder, form, label, batch, seed, resume, dry_run, _progress),
             as_json)
 
 
@@ -162,9 +165,11 @@ def evaluate(
     feature_weights: Annotated[Path | None, typer.Option(help="File of the feature network's weights.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the feature weights, checked by hash.")] = False,
     images: Annotated[int, typer.Option(min=2, help="How many images.")] = 1000,
+    steps: Steps = None, solver: Solver = None, spacing: Spacing = None, guidance: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     folder: Annotated[Path, typer.Option("--out", help="Where samples are kept.")] = Path("runs/evaluate"),
     seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
+    autoencoder: Vae = None,
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
@@ -172,7 +177,8 @@ def evaluate(
     from .commands import evaluate_model
 
     def open_model(source: str) -> Pipeline:
-        return _load(source, device, dtype, weights, heads, compile_model)
+        return _load(source, device, dtype, weights, heads, autoencoder, compile_model,
+                     steps=steps, solver=solver, spacing=spacing, guidance=guidance)
 
     _answer(evaluate_model(model, against, open_model, reference=reference, features=features,
                            feature_weights=feature_weights, download=download, images=images, batch=batch,
@@ -315,16 +321,23 @@ def list_(
 
 
 def _load(source: str, device: str | None, dtype: str | None, weights: str, heads: int | None,
-          compile_model: bool = False) -> Pipeline:
+          autoencoder: str | None = None, compile_model: bool = False, **sampling: Any) -> Pipeline:
     from dataclasses import replace
 
     from .formats import load
+    from .models.autoencoder import KLAutoencoder
 
-    pipeline = load(source, weights=weights, heads=heads).to(_device(device))
+    pipeline = load(source, weights=weights, heads=heads)
+    if autoencoder is not None:
+        pipeline = pipeline.replace(autoencoder=KLAutoencoder(autoencoder))
+    pipeline = pipeline.to(_device(device))
     changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
     if compile_model:
         changes["compile"] = True
-    return pipeline.replace(runtime=replace(pipeline.runtime, **changes))
+    wanted = {name: value for name, value in sampling.items() if value is not None}
+    if {"steps", "spacing"} & wanted.keys():
+        wanted["timesteps"] = None  # chosen one by one, they belong to another number of steps
+    return pipeline.replace(runtime=replace(pipeline.runtime, **changes), sampling=replace(pipeline.sampling, **wanted))
 
 
 def _device(name: str | None) -> str:

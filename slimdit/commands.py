@@ -34,8 +34,8 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(what, total) to a progress bar."""
 
 
-def sample_images(pipeline: Pipeline, changes: Mapping[str, Any], count: int, folder: Path, form: str,
-                  label: int | None, batch: int, seed: int, resume: bool, dry_run: bool, bar: Bar) -> dict[str, Any]:
+def sample_images(pipeline: Pipeline, count: int, folder: Path, form: str, label: int | None, batch: int, seed: int,
+                  resume: bool, dry_run: bool, bar: Bar) -> dict[str, Any]:
     """Make `count` images and write them as PNG files, a grid or ADM's `.npz`.
 
     Raises:
@@ -43,7 +43,6 @@ def sample_images(pipeline: Pipeline, changes: Mapping[str, Any], count: int, fo
     """
     if form not in ("png", "grid", "npz"):
         raise ValueError(f"sample: form {form!r} is unknown; use png, grid or npz")
-    pipeline = pipeline.replace(sampling=replace(pipeline.sampling, **changes))
     told = {"images": count, "sampling": pipeline.sampling.to_dict(), "seed": seed, "out": str(folder),
             "model evaluations": count * evaluations(pipeline.process, pipeline.sampling)}
     if dry_run:
@@ -134,7 +133,7 @@ def images_of(source: str, open_model: Callable[[str], Pipeline], folder: Path, 
     with bar(f"sampling {source}", count) as progress:
         sampled.make(pipeline, progress)
     images, labels = sampled.read()
-    return {"images": images, "labels": labels, "cost": costs(pipeline)}
+    return {"images": images, "labels": labels, "cost": {**costs(pipeline), "sampling": pipeline.sampling.to_dict()}}
 
 
 def costs(pipeline: Pipeline) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Protocol:
     Attributes:
         images: images per row, ids 0 to images - 1.
         seed: of the images; the A/A row uses `seed + 1`.
-        batch: images at a time in quality sampling and in throughput.
-        latency_batches: batch sizes of the latency of a whole sampling run.
+        batch: images at a time in quality sampling.
+        latency_batches: batch sizes at which whole sampling runs are timed; throughput is that of the largest.
         rounds: interleaved timings of baseline and row, each.
         features: feature network of the distribution metrics.
         feature_weights: file of its weights, for networks that are not bundled.

@@ -62,6 +62,16 @@ class Row:
         """Where the row keeps its model, images and features."""
         return Path(self.folder) / "rows" / self.slug
 
+    @property
+    def maker(self) -> Row:
+        """The row that makes this row's model: without a recipe, the baseline."""
+        return self if self.recipe is not None else self.baseline()
+
+    @property
+    def saved(self) -> Path:
+        """The folder of the row's model."""
+        return self.maker.home / "model"
+
     def baseline(self) -> Row:
         """The row it is compared with."""
         return replace(self, name=BASELINE, recipe=None, seed=self.protocol.seed, timed=True)
@@ -85,11 +95,11 @@ def prepare(row: Row) -> None:
     from .recipe import run as run_recipe
 
     pipeline = baseline_pipeline(row)
-    context = Context(teacher=pipeline, folder=row.home / "model", device=row.device, seed=row.seed)
+    context = Context(teacher=pipeline, folder=row.saved, device=row.device, seed=row.seed)
     if row.recipe is not None:
         run_recipe(parse(row.recipe, row.name), pipeline, context, resume=True)
     else:
-        save(pipeline, row.home / "model")
+        save(pipeline, row.saved)
     write_json(row.home / "witness.json", list(context.witnesses))
 
 
@@ -117,7 +127,7 @@ def measure(row: Row) -> Record:
     import_libraries(row)
     started = resident_bytes()
     with watch.stage("load"):
-        pipeline = load(row.home / "model").to(row.device)
+        pipeline = load(row.saved).to(row.device)
     metrics: dict[str, Value] = {}
     if row.timed:
         with watch.stage("memory"):
@@ -138,7 +148,7 @@ def measure(row: Row) -> Record:
     record = Record(
         name=row.name, recipe=recipe_dict(row), protocol=resolved(row, pipeline), metrics=metrics,
         against_baseline=against, verdict=verdict, remarks=tuple(remarks),
-        witness=json.loads((row.home / "witness.json").read_text()),
+        witness=json.loads((row.maker.home / "witness.json").read_text()),
         provenance=provenance(seeds={"images": row.seed}, dtype=pipeline.runtime.dtype, device=row.device,
                               threads=row.protocol.threads, command=row.command or None),
         seconds=watch.seconds,
@@ -177,7 +187,7 @@ def sample(row: Row, pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, str]:
     from .sample_set import SampleSet, fingerprint
 
     count = row.protocol.images
-    origin = {"model": model_hash(row.home / "model"), "protocol": row.protocol.name}
+    origin = {"model": model_hash(row.saved), "protocol": row.protocol.name}
     images_of = SampleSet(row.home / "images", count, row.seed, row.protocol.batch, origin)
     images_of.make(pipeline, lambda done: tell(row, "sample", done, count))
     images, labels = images_of.read()
@@ -206,7 +216,7 @@ def judge(row: Row, images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, V
     if row.name == BASELINE:
         return metrics, {}, ""
     base = row.baseline()
-    origin = {"model": model_hash(base.home / "model"), "protocol": protocol.name}
+    origin = {"model": model_hash(base.saved), "protocol": protocol.name}
     base_images, _ = SampleSet(base.home / "images", protocol.images, base.seed, protocol.batch, origin).read()
     comparison = compare(images, features, base_images, load_features(base.home / "features.npz"), reference,
                          network.name, paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
@@ -215,34 +225,30 @@ def judge(row: Row, images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, V
 
 
 def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Value]]:
-    """Throughput and latency of whole sampling runs, and their ratios to the baseline timed in turns with the row."""
+    """Latency and throughput of whole sampling runs, and their ratios to the baseline timed in turns with the row."""
     from .formats import load
-    from .metrics.speed import interleaved
+    from .metrics.speed import alone, interleaved
 
-    base = pipeline if row.name == BASELINE else load(row.baseline().home / "model").to(row.device)
+    base = None if row.name == BASELINE else load(row.baseline().saved).to(row.device)
     speeds: dict[str, Value] = {}
     ratios: dict[str, Value] = {}
-    for batch in (*row.protocol.latency_batches, row.protocol.batch):
+    for batch in sorted(row.protocol.latency_batches):
         tell(row, f"time batch {batch}", 0, 1)
 
         def run(which: Pipeline, batch: int = batch) -> None:
             which.sample(range(batch), seed=row.seed, batch=batch)
 
-        if which_is_throughput := batch == row.protocol.batch:
-            rounds = max(3, row.protocol.rounds // 2)
-        else:
-            rounds = row.protocol.rounds
-        timed = interleaved(lambda: run(base), lambda: run(pipeline), rounds=rounds, warmup=1)
-        ratio = Value(timed.ratio, timed.low, timed.high, timed.rounds, "x")
-        if which_is_throughput:
-            speeds["throughput"] = Value(*timed.throughput(batch), timed.rounds, "images/s")
-            ratios["throughput_ratio"] = ratio
-        else:
-            latency = timed.latency()
-            speeds[f"latency_p50_batch{batch}"] = Value(latency.p50, n=timed.rounds, unit="s")
-            speeds[f"latency_p95_batch{batch}"] = Value(latency.p95, n=timed.rounds, unit="s")
-            ratios[f"latency_ratio_batch{batch}"] = ratio
-    return speeds, {} if row.name == BASELINE else ratios
+        rounds = row.protocol.rounds
+        timed = (alone(lambda: run(pipeline), rounds, warmup=1) if base is None
+                 else interleaved(lambda: run(base), lambda: run(pipeline), rounds, warmup=1))
+        latency = timed.latency()
+        speeds[f"latency_p50_batch{batch}"] = Value(latency.p50, n=timed.rounds, unit="s")
+        speeds[f"latency_p95_batch{batch}"] = Value(latency.p95, n=timed.rounds, unit="s")
+        speeds["throughput"] = Value(*timed.throughput(batch), timed.rounds, "images/s")  # of the largest batch
+        if base is not None:
+            ratios[f"latency_ratio_batch{batch}"] = Value(timed.ratio, timed.low, timed.high, timed.rounds, "x")
+            ratios["throughput_ratio"] = ratios[f"latency_ratio_batch{batch}"]
+    return speeds, ratios
 
 
 def as_value(name: str, interval: Any) -> Value:
@@ -263,7 +269,7 @@ def costs(row: Row, pipeline: Pipeline) -> dict[str, Value]:
         "flops": Value(float(2 * forward), unit="FLOPs"),
         "run_macs": Value(float(run_macs(pipeline.model.config, pipeline.process, pipeline.sampling)), unit="MACs"),
         "parameters": Value(float(parameters(pipeline.model.config))),
-        "size": Value(float((row.home / "model" / "model.safetensors").stat().st_size), unit="bytes"),
+        "size": Value(float((row.saved / "model.safetensors").stat().st_size), unit="bytes"),
     }
 
 
@@ -273,12 +279,13 @@ def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
     baseline = json.loads((Path(row.folder) / "records" / f"{BASELINE}.json").read_text())
     if sampled == baseline["images"]["sha256"]:
         said.append("no effect")
-    slower = [name for name, value in against.items() if name.startswith(("throughput_ratio", "latency_ratio"))
-              and value.high is not None and value.high < 1]
-    if "throughput_ratio" in slower:
+    slower = [name.removeprefix("latency_ratio_") for name, value in against.items()
+              if name.startswith("latency_ratio") and value.high is not None and value.high < 1]
+    whole = against.get("throughput_ratio")
+    if whole is not None and whole.high is not None and whole.high < 1:
         said.append("slower")
-    said.extend(f"slower at batch {name.removeprefix('latency_ratio_batch')}" for name in slower
-                if name != "throughput_ratio")
+    elif slower:
+        said.append(f"slower at {', '.join(slower).replace('batch', 'batch ')}")
     return said
 
 

@@ -69,13 +69,13 @@ def test_an_unknown_list_names_the_nearest() -> None:
 
 
 def test_sample_writes_what_was_asked_for_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
-    told = answer("sample", tiny_model, "--images", "6", "--batch", "4", "--form", "npz", "--steps", "2", "--out", tmp_path)
+    words = ("sample", tiny_model, "--images", "6", "--batch", "4", "--steps", "2", "--out", tmp_path)
+    told = answer(*words, "--form", "npz")
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (6, 12, 12, 1) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].shape == (6,)
     assert "add --resume" in sentence("sample", tiny_model, "--images", "6", "--out", tmp_path)
-    again = answer("sample", tiny_model, "--images", "6", "--batch", "4", "--form", "grid", "--steps", "2", "--out",
-                   tmp_path, "--resume")
+    again = answer(*words, "--form", "grid", "--resume")
     assert again["sha256"] == told["sha256"] and (tmp_path / "grid.png").stat().st_size > 0
 
 
@@ -103,7 +103,8 @@ def test_check_run_and_reload(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_evaluate_against_another_and_of_npz(tiny_model: Path, tmp_path: Path) -> None:
-    told = answer("evaluate", tiny_model, "--against", tiny_model, "--images", "16", "--out", tmp_path / "a", "--batch", "16")
+    told = answer("evaluate", tiny_model, "--against", tiny_model, "--images", "16", "--batch", "16", "--out",
+                  tmp_path / "a")
     assert told["comparison"]["fd_lite0_difference"]["value"] == 0
     assert told["metrics"]["fd_lite0"]["n"] == 16 and "Not FID" in told["definition"]
     call("sample", tiny_model, "--images", "16", "--form", "npz", "--out", tmp_path / "s")

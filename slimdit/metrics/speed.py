@@ -104,6 +104,19 @@ def interleaved(baseline: Callable[[], Any], variant: Callable[[], Any], rounds:
                            float(np.median(times[:, 1])), tuple(times[:, 1].tolist()))
 
 
+def alone(call: Callable[[], Any], rounds: int = 20, warmup: int = 3, *, clock: Clock = time.perf_counter,
+          seed: int = 0) -> SpeedComparison:
+    """Time a call that has nothing to be compared with, such as the baseline's own: its ratio is 1 by definition.
+
+    Raises:
+        ValueError: rounds is below 1, or warmup below 0.
+    """
+    _require_counts(rounds=rounds, warmup=warmup)
+    times = [_seconds(call, clock) for _ in range(warmup + rounds)][warmup:]
+    middle = float(np.median(times))
+    return SpeedComparison(1.0, 1.0, 1.0, rounds, middle, middle, tuple(times))
+
+
 def latency(call: Callable[[], Any], repeats: int = 20, warmup: int = 3, *,
             clock: Clock = time.perf_counter) -> Latency:
     """Seconds of one call.
