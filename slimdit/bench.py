@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-FAILURES = ("loss", "slower", "failed")
 COMPARED = ("images", "seed", "batch", "features", "reference", "sampling")  # what two comparable benches share
 
 
@@ -118,7 +117,8 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> 
                     measure_row(row, show)
                 show(row.name, "done", 1, 1)
                 if row.name == BASELINE and (ended := read(path_of(row))).status != "done":
-                    raise ValueError(f"bench: the baseline {ended.status}: {ended.reason}")
+                    raise ValueError(f"bench: the baseline, which every row is compared with, ended as {ended.status}: "
+                                     f"{ended.reason}")
         records = in_order(read(path_of(row)) for row in rows)
         write_report(plan.folder, records)
     return records
@@ -157,7 +157,7 @@ def finished(row: Row) -> Record | None:
 def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
     """Run a row's stages; whatever happens, there is a record afterwards."""
     spec = row.home / "row.json"
-    if spec.exists() and json.loads(spec.read_text()) != json.loads(json.dumps(row.to_dict())):
+    if spec.exists() and not same_row(json.loads(spec.read_text()), row):
         discard(row)
     write_json(spec, row.to_dict())
     (row.home / "outcome.json").unlink(missing_ok=True)
@@ -172,6 +172,12 @@ def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
                             provenance=provenance(seeds={"images": row.seed}, device=row.device, command=row.command))
             write(record, Path(row.folder) / "records")
             return
+
+
+def same_row(before: dict[str, Any], row: Row) -> bool:
+    """Whether what a row left is this row's: made by the same recipe and protocol, by whatever command."""
+    now = json.loads(json.dumps(row.to_dict()))
+    return {**before, "command": None} == {**now, "command": None}
 
 
 def discard(row: Row) -> None:
@@ -189,8 +195,10 @@ def run_stage(row: Row, stage: str, spec: Path, deadline: float,
     environment = {**WORKER_ENVIRONMENT, **os.environ,
                    "TORCHINDUCTOR_CACHE_DIR": str((Path(row.folder) / "compiled").resolve())}
     with (row.home / "log.txt").open("ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "slimdit.row", stage, str(spec)], stdout=subprocess.PIPE,
-                                   stderr=log, env=environment, start_new_session=True, text=True)
+        # The row's standard input is never written: its end tells the row that the bench is gone.
+        process = subprocess.Popen([sys.executable, "-m", "slimdit.row", stage, str(spec)], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True,
+                                   text=True)
         timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill, [process])
         timer.start()
         try:
@@ -322,20 +330,22 @@ def update_table(path: Path, name: str, records: Sequence[Record]) -> None:
     update_markdown(path, name, markdown(records, METRICS))
 
 
-def failing(records: Sequence[Record], condition: str) -> list[str]:
-    """Rows that a quality gate stops: `loss`, `slower`, or `failed` (any row that did not finish).
+def gate(condition: str) -> Callable[[Sequence[Record]], list[str]]:
+    """A quality gate by its name: the names of the rows that it stops.
 
     Raises:
-        ValueError: the condition is unknown.
+        ValueError: there is no such gate.
     """
-    if condition not in FAILURES:
-        raise ValueError(f"--fail-if {condition!r} is unknown; {nearest(condition, FAILURES)}")
-    tests: dict[str, Callable[[Record], bool]] = {
-        "loss": lambda record: record.verdict.startswith("loss"),
-        "slower": lambda record: "slower" in record.remarks,
-        "failed": lambda record: record.status != "done",
-    }
-    return [record.name for record in records if tests[condition](record)]
+    if condition not in GATES:
+        raise ValueError(f"--fail-if {condition!r} is unknown; {nearest(condition, GATES)}")
+    return lambda records: [record.name for record in records if GATES[condition](record)]
+
+
+GATES: Mapping[str, Callable[[Record], bool]] = {
+    "loss": lambda record: record.verdict.startswith("loss"),
+    "slower": lambda record: "slower" in record.remarks,
+    "failed": lambda record: record.status != "done",
+}
 
 
 def comparable(first: Path, second: Path) -> tuple[list[Record], list[Record]]:

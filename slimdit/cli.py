@@ -92,6 +92,7 @@ def bench(
     if dry_run:
         _answer(plan.describe(), as_json)
         return
+    stops = room.gate(fail_if) if fail_if else None
     records = room.run(plan, resume=resume, console=err)
     if as_json:
         _print_json({"folder": str(folder), "report": str(folder / "report.html"),
@@ -99,7 +100,7 @@ def bench(
     else:
         out.print(room.table(records))
         out.print(f"Report: {folder / 'report.html'}")
-    if fail_if and (bad := room.failing(records, fail_if)):
+    if stops and (bad := stops(records)):
         _fail(f"quality gate: {', '.join(bad)} ended as '{fail_if}'", GATE)
 
 
@@ -122,12 +123,16 @@ def run(
         _answer({"recipe": chosen.to_dict(), "model": source, "out": str(folder)}, as_json)
         return
     from .context import Context
+    from .files import write_text
+    from .metrics import METRICS
+    from .report.card import model_card
     from .training.data import open_data
 
     pipeline = _load(source, device, None, weights, heads, autoencoder)
     context = Context(teacher=pipeline, folder=folder, data=open_data(data) if data else None,
                       device=str(pipeline.device), seed=seed)
-    room.run(chosen, pipeline, context, resume=resume)
+    made = room.run(chosen, pipeline, context, resume=resume)
+    write_text(folder / "README.md", model_card(chosen.name, made.history, [], METRICS))
     _answer({"model": str(folder), "recipe": chosen.name, "witness": list(context.witnesses)}, as_json)
 
 

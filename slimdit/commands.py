@@ -16,7 +16,7 @@ from .files import write_json, write_text, writing
 from .formats import describe, load, save
 from .metrics.cost import macs, parameters, run_macs
 from .models.autoencoder import autoencoder_from_dict
-from .models.dit import DiT
+from .models.dit import DiT, DiTConfig
 from .pipeline import Pipeline
 from .report.charts import curve_svg, grid_png
 from .report.record import provenance
@@ -182,8 +182,7 @@ def train_model(plan: TrainingPlan, folder: Path, device: str | None, resume: bo
             "steps": plan.training.steps, "images seen": plan.training.steps * plan.training.batch, "out": str(folder)}
     if dry_run:
         return told
-    torch.manual_seed(plan.training.seed)
-    model = DiT(config)
+    model = first_model(plan, config)
     pipeline = Pipeline(model, sampling=plan.sampling, name=plan.name)
     if isinstance(data, EncodedLatents):
         pipeline = pipeline.replace(autoencoder=autoencoder_from_dict(data.autoencoder))
@@ -192,6 +191,23 @@ def train_model(plan: TrainingPlan, folder: Path, device: str | None, resume: bo
     if int(os.environ.get("RANK", "0")) == 0:
         save_trained(pipeline, plan, folder, told)
     return {**told, "model": str(folder / "model")}
+
+
+def first_model(plan: TrainingPlan, config: DiTConfig) -> DiT:
+    """The model that training begins with: random weights, or those of the model the plan starts from.
+
+    Raises:
+        ValueError: that model has another structure than the plan.
+    """
+    if plan.start_from is None:
+        torch.manual_seed(plan.training.seed)
+        return DiT(config)
+    model = load(plan.start_from).model
+    if model.config != config:
+        changed = [name for name, value in model.config.to_dict().items() if config.to_dict()[name] != value]
+        raise ValueError(f"train: {plan.start_from} and the plan differ in {', '.join(changed)}: give the plan the "
+                         "structure of the model it starts from")
+    return model
 
 
 def save_trained(pipeline: Pipeline, plan: TrainingPlan, folder: Path, told: Mapping[str, Any]) -> None:

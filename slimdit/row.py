@@ -8,7 +8,9 @@ lines on stdout.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import write_json
+from .files import write_json, write_text
 from .protocol import Protocol
-from .report.record import BASELINE, Images, Record, Value, provenance, write
+from .report.record import BASELINE, RECORD, Images, Record, Value, provenance, read, record_path, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +67,7 @@ class Row:
     @property
     def maker(self) -> Row:
         """The row that makes this row's model: without a recipe, the baseline."""
-        return self if self.recipe is not None else self.baseline()
+        return self if self.recipe is not None or self.name == BASELINE else self.baseline()
 
     @property
     def saved(self) -> Path:
@@ -154,7 +156,19 @@ def measure(row: Row) -> Record:
         seconds=watch.seconds,
         images=Images(grid=f"../rows/{row.slug}/grid.png", sha256=sampled))
     write(record, Path(row.folder) / "records")
+    if row.maker is row:
+        attach(row, pipeline, record)
     return record
+
+
+def attach(row: Row, pipeline: Pipeline, record: Record) -> None:
+    """Put the evidence beside the model: its record, the baseline's, and a card rendered from them."""
+    from .metrics import METRICS
+    from .report.card import model_card
+
+    records = [record] if row.name == BASELINE else [read(record_path(Path(row.folder) / "records", BASELINE)), record]
+    write_json(row.saved / "evidence.json", [RECORD.dump_python(one, mode="json") for one in records])
+    write_text(row.saved / "README.md", model_card(row.name, pipeline.history, records, METRICS))
 
 
 def import_libraries(row: Row) -> None:
@@ -276,8 +290,8 @@ def costs(row: Row, pipeline: Pipeline) -> dict[str, Value]:
 def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
     """What must be said of a row: that it changed nothing, or is slower."""
     said = []
-    baseline = json.loads((Path(row.folder) / "records" / f"{BASELINE}.json").read_text())
-    if sampled == baseline["images"]["sha256"]:
+    baseline = read(record_path(Path(row.folder) / "records", BASELINE))
+    if baseline.images and sampled == baseline.images.sha256:
         said.append("no effect")
     slower = [name.removeprefix("latency_ratio_") for name, value in against.items()
               if name.startswith("latency_ratio") and value.high is not None and value.high < 1]
@@ -352,8 +366,16 @@ def tell(row: Row, stage: str, done: int, total: int) -> None:
 STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure}
 
 
+def end_with_bench() -> None:
+    """End this process when the bench that started it does: its end of our standard input closes."""
+    while os.read(0, 1024):  # not sys.stdin, whose lock a waiting thread would hold as the process ends
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     """Run a stage; a refusal or an error is one sentence in `outcome.json` and the exit code of its kind."""
+    threading.Thread(target=end_with_bench, daemon=True).start()
     stage, spec = sys.argv[1:]
     row = Row.from_dict(json.loads(Path(spec).read_text()))
     try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def test_report_and_table_are_written(plan: bench.Plan, records: dict[str, Recor
     assert [record.name for record in bench.read_records(plan.folder)][:2] == [BASELINE, AA]
 
 
+def test_a_saved_model_carries_its_evidence(plan: bench.Plan, records: dict[str, Record]) -> None:
+    folder = plan.folder / "rows" / "fewer" / "model"
+    assert [record["name"] for record in json.loads((folder / "evidence.json").read_text())] == [BASELINE, "fewer"]
+    card = (folder / "README.md").read_text()
+    assert "`reduce_steps` with steps = 3" in card and "| baseline |" in card and "| fewer |" in card
+
+
 def test_resume_repeats_nothing_finished_and_redoes_what_is_damaged(plan: bench.Plan,
                                                                     records: dict[str, Record]) -> None:
     paths = {name: record_path(plan.folder / "records", name) for name in records}
@@ -116,6 +124,9 @@ def test_killed_in_the_middle_it_resumes(tiny_model: Path, tiny_protocol: Path, 
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    while rows_running(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not rows_running(tmp_path)  # a row does not outlive its bench
     kept = first.read_bytes()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -123,6 +134,15 @@ def test_killed_in_the_middle_it_resumes(tiny_model: Path, tiny_protocol: Path, 
     rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
     assert {row["status"] for row in rows.values()} == {"done"}
     assert rows["fewer"]["images"]["sha256"] == records["fewer"].images.sha256
+
+
+def rows_running(folder: Path) -> list[str]:
+    """Processes of rows in a folder, where the system lists them."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it may end as we look
+            commands.append(path.read_bytes().decode())
+    return [command for command in commands if "slimdit.row" in command and str(folder) in command]
 
 
 @pytest.fixture
@@ -170,10 +190,16 @@ def test_gates() -> None:
     bad = Record(name="bad", verdict="loss", remarks=("slower",))
     dead = Record(name="dead", status="crashed", reason="SIGSEGV")
     rows = [good, bad, dead]
-    assert bench.failing(rows, "loss") == ["bad"] and bench.failing(rows, "slower") == ["bad"]
-    assert bench.failing(rows, "failed") == ["dead"]
+    assert bench.gate("loss")(rows) == ["bad"] and bench.gate("slower")(rows) == ["bad"]
+    assert bench.gate("failed")(rows) == ["dead"]
     with pytest.raises(ValueError, match="did you mean 'slower'"):
-        bench.failing(rows, "slow")
+        bench.gate("slow")
+
+
+def test_what_a_row_left_is_used_whatever_command_goes_on_with_it(row: Row) -> None:
+    before = json.loads(json.dumps(row.to_dict()))
+    assert bench.same_row(before, replace(row, command=("slimdit", "bench", "--resume")))
+    assert not bench.same_row(before, replace(row, seed=1))
 
 
 def test_compare_refuses_other_protocols(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from slimdit.catalogue import CATALOGUE, FORMATS
 from slimdit.cli import app
+from slimdit.formats import load
 
 VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "report", "compare", "list")
 
@@ -129,6 +131,14 @@ training = {{steps = 3, batch = 4, log_every = 1}}
         path.name for path in (tmp_path / "run").iterdir()}
     assert answer("inspect", tmp_path / "run" / "model")["model"]["classes"] == 3
     assert "--resume" in sentence("train", tmp_path / "plan.toml", "--out", tmp_path / "run")
+    start = f'"on"\nstart_from = "{tmp_path / "run" / "model"}"'
+    going_on = (tmp_path / "plan.toml").read_text().replace('"tiny"', start)
+    (tmp_path / "on.toml").write_text(going_on.replace("steps = 3", "steps = 1, learning_rate = 1e-9"))
+    answer("train", tmp_path / "on.toml", "--out", tmp_path / "on")
+    before, after = (load(tmp_path / name / "model").model.state_dict() for name in ("run", "on"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    (tmp_path / "on.toml").write_text(going_on.replace("width = 16", "width = 32"))
+    assert "differ in width" in sentence("train", tmp_path / "on.toml", "--out", tmp_path / "other")
     dry = answer("train", "--preset", "XS/4", "--data", tmp_path / "data.npz", "--steps", "1", "--dry-run")
     assert dry["parameters"] > 7e6
     assert "give a plan" in sentence("train", "--preset", "XS/4")

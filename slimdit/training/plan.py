@@ -67,6 +67,7 @@ class TrainingPlan:
     training: TrainConfig
     sampling: Sampling = field(default_factory=Sampling)
     stored: StoredDtype = "float32"  # of the weights in the saved model
+    start_from: str | None = None  # a model to go on from instead of random weights: a path, "bundled" or a Hub id
 
 
 def read_plan(path: Path) -> TrainingPlan:
