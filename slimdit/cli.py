@@ -111,6 +111,7 @@ def run(
     folder: Annotated[Path, typer.Option("--out", help="Where the model goes: a new folder.")],
     model: Annotated[str | None, typer.Option(help="The model, instead of the recipe's.")] = None,
     data: Annotated[str | None, typer.Option(help="Images, for methods that learn or calibrate.")] = None,
+    diffusers: Annotated[bool, typer.Option("--diffusers", help="Also write DIR/diffusers for diffusers.")] = False,
     seed: Seed = 0, device: Device = None, weights: Weights = "ema", heads: Heads = None, autoencoder: Vae = None,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
@@ -124,6 +125,7 @@ def run(
         return
     from .context import Context
     from .files import write_text
+    from .formats import save
     from .metrics import METRICS
     from .report.card import model_card
     from .training.data import open_data
@@ -133,6 +135,8 @@ def run(
                       device=str(pipeline.device), seed=seed)
     made = room.run(chosen, pipeline, context, resume=resume)
     write_text(folder / "README.md", model_card(chosen.name, made.history, [], METRICS))
+    if diffusers:
+        save(made, folder / "diffusers", format="diffusers")
     _answer({"model": str(folder), "recipe": chosen.name, "witness": list(context.witnesses)}, as_json)
 
 

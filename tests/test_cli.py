@@ -104,6 +104,26 @@ def test_check_run_and_reload(tiny_model: Path, tmp_path: Path) -> None:
     assert "quantize" in sentence("run", "int8-dynamic", "--model", tmp_path / "int8", "--out", tmp_path / "x", code=3)
 
 
+def test_run_also_writes_what_plain_diffusers_loads(tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import DiTTransformer2DModel
+
+    recipe = tmp_path / "fewer.toml"
+    recipe.write_text('name = "fewer"\nmethods = [{reduce_steps = {steps = 3}}]')
+    answer("run", recipe, "--model", tiny_model, "--out", tmp_path / "out", "--diffusers")
+    plain = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "diffusers", subfolder="transformer").eval()
+    ours = load(tmp_path / "out")
+    x, t, y = torch.randn(2, 1, 12, 12), torch.tensor([999, 666]), torch.tensor([1, 10])
+    with torch.no_grad():
+        assert torch.allclose(plain(x, t, y).sample, ours.denoise(x, t, y), atol=1e-5)
+    said = sentence("run", "int8-dynamic", "--model", tiny_model, "--out", tmp_path / "int8", "--diffusers", code=3)
+    assert "diffusers" in said and inspectable(tmp_path / "int8")
+
+
+def inspectable(folder: Path) -> bool:
+    """Whether the native model was saved all the same."""
+    return answer("inspect", folder)["format"] == "native"
+
+
 def test_evaluate_against_another_and_of_npz(tiny_model: Path, tmp_path: Path) -> None:
     told = answer("evaluate", tiny_model, "--against", tiny_model, "--images", "16", "--batch", "16", "--out",
                   tmp_path / "a")
