@@ -169,7 +169,7 @@ def sample(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A path, 'bundled', a Hub id, or an .npz of samples.")],
     against: Annotated[str | None, typer.Option(help="A model or .npz to compare with, image by image.")] = None,
-    reference: Annotated[str, typer.Option(help="'bundled', a data source, or an .npz of statistics.")] = "bundled",
+    reference: Annotated[str, typer.Option(help="'bundled', or an .npz of images or statistics.")] = "bundled",
     features: Annotated[str, typer.Option(help="lite0, or inception (with its weights).")] = "lite0",
     feature_weights: Annotated[Path | None, typer.Option(help="File of the feature network's weights.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the feature weights, checked by hash.")] = False,

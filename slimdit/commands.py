@@ -14,10 +14,12 @@ import torch
 
 from .files import write_json, write_text, writing
 from .formats import describe, load, save
+from .metrics import METRICS
 from .metrics.cost import macs, parameters, run_macs
 from .models.autoencoder import autoencoder_from_dict
 from .models.dit import DiT, DiTConfig
 from .pipeline import Pipeline
+from .report.card import model_card
 from .report.charts import curve_svg, grid_png
 from .report.record import provenance
 from .sample_set import SampleSet, fingerprint
@@ -213,6 +215,9 @@ def first_model(plan: TrainingPlan, config: DiTConfig) -> DiT:
 def save_trained(pipeline: Pipeline, plan: TrainingPlan, folder: Path, told: Mapping[str, Any]) -> None:
     """The model with its averaged weights, what it took, and its curve as a picture."""
     save(pipeline, folder / "model", dtype=plan.stored)
+    training = {"data": plan.data.source, "steps": plan.training.steps, "batch": plan.training.batch,
+                "learning_rate": plan.training.learning_rate, "ema": plan.training.ema}
+    write_text(folder / "model" / "README.md", model_card(plan.name, [{"train": training}], [], METRICS))
     curve = read_curve(folder / "curve.jsonl")
     write_text(folder / "curve.svg", curve_svg([(row["images"], row["loss"]) for row in curve],
                                                title=f"{plan.name}: training loss"))

@@ -46,7 +46,7 @@ class Protocol:
         rounds: interleaved timings of baseline and row, each.
         features: feature network of the distribution metrics.
         feature_weights: file of its weights, for networks that are not bundled.
-        reference: `"bundled"`, a data source or an `.npz` of statistics.
+        reference: `"bundled"`, or an `.npz` of images or statistics.
         resamples: of the bootstrap.
         margin: per metric, the rise of its distance that still counts as no loss; set before the run.
         timeout_s: seconds a row may take.

@@ -88,5 +88,11 @@ def test_references_of_the_user(tmp_path: Path) -> None:
     assert np.allclose(from_statistics.statistics.sigma, from_images.statistics.sigma)
     assert from_statistics.pool is None and from_images.classes == 10
     assert open_reference("bundled", network).statistics.n == 10_000
+    with np.load(tmp_path / "images.npz") as one, np.load(tmp_path / "statistics.npz") as two:
+        np.savez(tmp_path / "both.npz", **one, **two)
+    both = open_reference(str(tmp_path / "both.npz"), network)
+    assert both.pool is not None and np.allclose(both.statistics.mu, from_images.statistics.mu)
+    with pytest.raises(ValueError, match="give a reference of the same network"):
+        distributions(Features(rng.normal(size=(20, 5))), None, from_statistics, "lite0")
     with pytest.raises(ValueError, match="neither 'bundled' nor an"):
         open_reference("nowhere", network)

@@ -6,10 +6,10 @@ FID, sFID, KID ..., those of any other network are `fd_<network>`, `kid_<network
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -37,9 +37,12 @@ def distributions(features: Features, labels: np.ndarray | None, reference: Refe
         network: the features' name.
 
     Raises:
-        ValueError: there are too few images.
+        ValueError: there are too few images, or the reference is of another network.
     """
     pool, n = features.pool, len(features.pool)
+    if pool.shape[1] != len(reference.statistics.mu):
+        raise ValueError(f"the reference {reference.name} has statistics of {len(reference.statistics.mu)} features, "
+                         f"{network} gives {pool.shape[1]}: give a reference of the same network, or its images")
     options = {"resamples": resamples, "seed": seed}
     found = {metric_name("fd", network): bootstrap(quality.frechet_of(pool, reference.statistics), n, **options)}
     if features.spatial is not None and reference.spatial is not None:
@@ -47,7 +50,8 @@ def distributions(features: Features, labels: np.ndarray | None, reference: Refe
     if features.logits is not None:
         found["inception_score"] = bootstrap(quality.inception_score_of(features.logits), n, **options)
     if reference.pool is not None:
-        found[metric_name("kid", network)] = bootstrap(quality.kid_of(pool, reference.pool), n, **options)
+        found[metric_name("kid", network)] = bootstrap(
+            quality.kid_of(pool, reference.pool, reference.mean_kernel), n, **options)
         among = quality.precision(pool, reference.pool)
         found[metric_name("precision", network)] = bootstrap_mean(among, seed=seed)
         covered = quality.recall(pool, reference.pool)
@@ -100,7 +104,8 @@ def compare(images: np.ndarray, features: Features, base_images: np.ndarray, bas
             quality.frechet_of(base.spatial, reference.spatial), n, **options)
     if reference.pool is not None:
         found[f"{metric_name('kid', network)}_difference"] = bootstrap_difference(
-            quality.kid_of(features.pool, reference.pool), quality.kid_of(base.pool, reference.pool), n, **options)
+            quality.kid_of(features.pool, reference.pool, reference.mean_kernel),
+            quality.kid_of(base.pool, reference.pool, reference.mean_kernel), n, **options)
     if paired_images:
         found["psnr"] = bootstrap_mean(paired.psnr(images, base_images), seed=seed)
         if min(images.shape[1:3]) >= paired.WINDOW:
@@ -112,7 +117,7 @@ def compare(images: np.ndarray, features: Features, base_images: np.ndarray, bas
 
 
 def open_reference(source: str, network: Extractor) -> Reference:
-    """The real images to measure against: `"bundled"`, or an `.npz` of statistics (ADM's) or of images.
+    """The real images to measure against: `"bundled"`, or an `.npz` of images, of statistics, or of both (ADM's).
 
     Raises:
         ValueError: the source is none of these, or the bundled reference is of another network.
@@ -125,16 +130,25 @@ def open_reference(source: str, network: Extractor) -> Reference:
     path = Path(source)
     if path.suffix != ".npz" or not path.is_file():
         raise ValueError(f"reference {source!r} is neither 'bundled' nor an .npz file of statistics or images")
-    if kind_of(path) == "statistics":
+    held = arrays_in(path)
+    reference = None
+    if "arr_0" in held:
+        images, labels = read_samples(path)
+        reference = Reference.from_images(images, network, path.name, labels=labels)
+    if "mu" in held and (reference is None or network.name == "inception"):
+        # ADM's reference batches hold 10,000 images, for precision and recall, and the statistics of the whole set.
         statistics, spatial = read_statistics(path)
-        return Reference(None, None, statistics, path.name, network.name, spatial)
-    images, labels = read_samples(path)
-    return Reference.from_images(images, network, path.name, labels=labels)
+        reference = (Reference(None, None, statistics, path.name, network.name, spatial) if reference is None
+                     else replace(reference, statistics=statistics, spatial=spatial))
+    if reference is None:
+        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma): it is no reference")
+    return reference
 
 
-def kind_of(path: Path) -> Literal["statistics", "images"]:
-    """Whether an `.npz` holds statistics (`mu`, `sigma`) or images (`arr_0`)."""
-    import zipfile
-
-    with zipfile.ZipFile(path) as archive:
-        return "statistics" if "mu.npy" in archive.namelist() else "images"
+def arrays_in(path: Path) -> set[str]:
+    """The names of the arrays in an `.npz`, none where it is not one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return set()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..sampling.seeds import seeded
 from . import inception, lite0
-from .quality import Statistics
+from .quality import Statistics, mean_kernel
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DITHER = 8.0  # standard deviation, of 255: see `dithered`
@@ -190,6 +190,11 @@ class Reference:
         seen = extract(images, range(len(images)), progress=progress)
         return cls(seen.pool, labels, Statistics.of(seen.pool), name, extract.name,
                    None if seen.spatial is None else Statistics.of(seen.spatial))
+
+    @cached_property
+    def mean_kernel(self) -> float | None:
+        """The reference's own part of KID, which takes longer than the rest."""
+        return None if self.pool is None else mean_kernel(self.pool)
 
     @cached_property
     def classes(self) -> int | None:

@@ -108,12 +108,16 @@ def kid(features: np.ndarray, reference: np.ndarray) -> float:
     return float(kid_of(features, reference)(np.ones((1, len(features))))[0])
 
 
-def kid_of(features: np.ndarray, reference: np.ndarray) -> Resampled:
-    """KID over resamples of the images; the pairs of an image with its own copy are left out, so none is biased."""
+def kid_of(features: np.ndarray, reference: np.ndarray, among_reference: float | None = None) -> Resampled:
+    """KID over resamples of the images; the pairs of an image with its own copy are left out, so none is biased.
+
+    Args:
+        among_reference: `mean_kernel(reference)`, where it is known already.
+    """
     x, y = features.astype(np.float64), reference.astype(np.float64)
     to_reference = np.concatenate([kernel(rows, y).mean(1) for rows in blocks(x)])
-    m = len(y)
-    among_reference = (sum(kernel(rows, y).sum() for rows in blocks(y)) - own_kernel(y).sum()) / (m * (m - 1))
+    if among_reference is None:
+        among_reference = mean_kernel(y)
 
     def resampled(weights: np.ndarray) -> np.ndarray:
         n = weights.sum(1)
@@ -126,6 +130,12 @@ def kid_of(features: np.ndarray, reference: np.ndarray) -> Resampled:
         return among + among_reference - 2 * (weights @ to_reference) / n
 
     return resampled
+
+
+def mean_kernel(features: np.ndarray) -> float:
+    """KID's kernel, averaged over all pairs of different images of a set."""
+    y, n = features.astype(np.float64), len(features)
+    return float((sum(kernel(rows, y).sum() for rows in blocks(y)) - own_kernel(y).sum()) / (n * (n - 1)))
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
