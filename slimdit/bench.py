@@ -270,12 +270,14 @@ def progress_bars(console: Console | None, rows: int) -> Iterator[Callable[[str,
                MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
+        stages: dict[str, str] = {}
 
         def show(row: str, stage: str, done: int, total: int) -> None:
             if row not in tasks:
                 tasks[row] = progress.add_task("", row=row, stage=stage)
-                if not console.is_terminal:
-                    console.print(f"{len(tasks)}/{rows} {row}", highlight=False)
+            if not console.is_terminal and stages.get(row) != stage:  # a log has no bars: a line per stage
+                console.print(f"{len(tasks)}/{rows} {row}: {stage}", highlight=False)
+                stages[row] = stage
             progress.update(tasks[row], stage=stage, completed=done, total=total)
             if stage == "done":
                 progress.stop_task(tasks[row])

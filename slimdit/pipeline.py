@@ -21,7 +21,7 @@ from .sampling.solvers import Sampling, solve
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPLICIT_TOKENS = 512  # up to here the compiled explicit form beat the fused one on CPUs (benchmarks/attention.py)
+EXPLICIT_TOKENS = 512  # up to here `auto` takes the explicit form where compiled on a CPU: docs/log.md
 
 
 @dataclass(frozen=True)
