@@ -91,8 +91,8 @@ class Pipeline:
                   else torch.as_tensor(list(labels), dtype=torch.int64))
         if len(chosen) != len(ids):
             raise ValueError(f"{len(ids)} images were asked for with {len(chosen)} labels: give one label per image")
-        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.model.config.classes:
-            raise ValueError(f"labels must be in 0..{self.model.config.classes - 1}, not {chosen.tolist()}")
+        if wrong := [label for label in chosen.tolist() if not 0 <= label < self.model.config.classes]:
+            raise ValueError(f"labels must be in 0..{self.model.config.classes - 1}, not {wrong[0]}")
         if self.sampling.guidance != 1 and not self.model.config.label_dropout:
             raise ValueError("guidance needs a null class, and this model was trained without dropped labels: "
                              "sample it with guidance 1")

@@ -116,6 +116,8 @@ def read_pickled(path: Path) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error).splitlines() or [""])[0].strip()[:120] or type(error).__name__
+    if reason.startswith("Weights only load failed"):  # a paragraph of advice to programmers follows
+        reason = "its bytes are not those of saved tensors"
     return f"{path} is not a whole PyTorch checkpoint ({reason}): copy or download it again"
 
 
