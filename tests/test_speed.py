@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from slimdit.metrics.speed import (
     WORKER_ENVIRONMENT,
+    alone,
     interleaved,
-    latency,
     peak_memory,
     resident_bytes,
-    throughput,
 )
 
 
@@ -87,22 +86,18 @@ def test_more_rounds_narrow_the_interval():
     assert width(400) < 0.5 * width(25)
 
 
-def test_latency_is_the_median_and_the_95th_percentile():
+def test_a_call_alone_has_the_ratio_1_and_its_own_times():
     machine = Machine()
-    measured = latency(machine.call("a", [99, *range(1, 102)]), repeats=101, warmup=1, clock=machine.clock)
-    assert measured.p50 == 51 and measured.p95 == 96 and measured.repeats == 101
-
-
-def test_throughput_is_images_over_all_seconds():
-    machine = Machine()
-    assert throughput(machine.call("a", [99, 1, 3]), images=8, repeats=2, warmup=1, clock=machine.clock) == 4.0
+    timed = alone(machine.call("a", [99, *range(1, 102)]), rounds=101, warmup=1, clock=machine.clock)
+    assert (timed.ratio, timed.low, timed.high) == (1, 1, 1)
+    assert (timed.latency().p50, timed.latency().p95, timed.latency().repeats) == (51, 96, 101)
+    assert timed.throughput(images=102)[0] == 2
 
 
 @pytest.mark.parametrize("measure", [
     lambda: interleaved(int, int, rounds=0),
-    lambda: latency(int, repeats=0),
-    lambda: latency(int, warmup=-1),
-    lambda: throughput(int, images=0),
+    lambda: alone(int, rounds=0),
+    lambda: alone(int, warmup=-1),
 ])
 def test_too_few_to_measure(measure):
     with pytest.raises(ValueError, match="must be at least"):

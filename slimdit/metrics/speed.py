@@ -117,31 +117,6 @@ def alone(call: Callable[[], Any], rounds: int = 20, warmup: int = 3, *, clock: 
     return SpeedComparison(1.0, 1.0, 1.0, rounds, middle, middle, tuple(times))
 
 
-def latency(call: Callable[[], Any], repeats: int = 20, warmup: int = 3, *,
-            clock: Clock = time.perf_counter) -> Latency:
-    """Seconds of one call.
-
-    Raises:
-        ValueError: repeats is below 1, or warmup below 0.
-    """
-    _require_counts(repeats=repeats, warmup=warmup)
-    times = [_seconds(call, clock) for _ in range(warmup + repeats)][warmup:]
-    return Latency(float(np.percentile(times, 50)), float(np.percentile(times, 95)), repeats)
-
-
-def throughput(call: Callable[[], Any], images: int, repeats: int = 5, warmup: int = 1, *,
-               clock: Clock = time.perf_counter) -> float:
-    """Images per second of a call that makes so many, over all repeats together.
-
-    Raises:
-        ValueError: images or repeats is below 1, or warmup below 0.
-    """
-    _require_counts(images=images, repeats=repeats, warmup=warmup)
-    for _ in range(warmup):
-        _seconds(call, clock)
-    return images * repeats / _seconds(lambda: [call() for _ in range(repeats)], clock)
-
-
 @contextmanager
 def peak_memory(device: torch.device | str = "cpu", starting_bytes: int = 0, *,
                 proc: Path = Path("/proc/self")) -> Iterator[PeakMemory]:

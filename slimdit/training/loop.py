@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import read_tensors, write_tensors
 from ..models.dit import DiT, DiTConfig
@@ -373,8 +373,3 @@ def trim_curve(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept))
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers a model learned."""
-    return sum(p.numel() for p in model.parameters())
