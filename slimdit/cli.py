@@ -270,6 +270,40 @@ def check(
 
 @app.command()
 @verb
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="A path, 'bundled' or a Hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where the numbers and their heat map go.")],
+    perturb: Annotated[str, typer.Option(help="What happens to a layer: int8 and its like, prune or drop.")] = "int8",
+    bins: Annotated[int, typer.Option(help="Bins of the timesteps that sampling visits.")] = 5,
+    images: Annotated[int, typer.Option(help="Images sampled to gather what the model sees.")] = 16,
+    calls: Annotated[int, typer.Option(help="Calls of the model measured in each bin.")] = 4,
+    minutes: Annotated[float, typer.Option(min=0, help="After which no further layer is begun.")] = 5.0,
+    steps: Steps = None, solver: Solver = None, spacing: Spacing = None, guidance: Guidance = None,
+    seed: Seed = 0, device: Device = None, weights: Weights = "ema", heads: Heads = None, resume: Resume = False,
+    dry_run: DryRun = False, as_json: Json = False,
+) -> None:
+    """Which layers matter, and at which timesteps: the error when one alone is rounded, pruned or dropped."""
+    from . import sensitivity as room
+
+    settings = room.Settings(perturb, bins, images, calls, seed)
+    pipeline = _load(model, device, None, weights, heads, steps=steps, solver=solver, spacing=spacing,
+                     guidance=guidance)
+    if dry_run:
+        _answer({"model": model, "out": str(folder), **room.plan(pipeline, settings, minutes)}, as_json)
+        return
+    found = room.measure(pipeline, settings, folder, source=model, minutes=minutes, resume=resume, bar=_progress)
+    if as_json:
+        _print_json({"out": str(folder), **room.plain(found)})
+        return
+    out.print(room.table(found))
+    if found.missing:
+        out.print(f"{len(found.totals)} of {len(found.layers)} layers in the time given: the same command with "
+                  "--resume measures the rest")
+    out.print(f"Heat map: {folder / room.HEAT_MAP}")
+
+
+@app.command()
+@verb
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `bench` wrote.")],
     update: Annotated[Path | None, typer.Option(help="A Markdown file whose table is to be rendered anew.")] = None,

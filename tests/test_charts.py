@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimdit.report.charts import curve_svg, grid_png
+from slimdit.report.charts import curve_svg, grid_png, heat_map_svg
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -74,3 +74,20 @@ def test_one_point_is_a_curve_too() -> None:
         line = ElementTree.fromstring(curve_svg(points, x="steps", y="rate")).find("{http://www.w3.org/2000/svg}polyline")
         assert line is not None
         assert len(line.attrib["points"].split()) == 2
+
+
+def test_a_heat_map_shades_by_size_and_leaves_zero_blank() -> None:
+    root = ElementTree.fromstring(
+        heat_map_svg(["a<b", "c"], ["x", "y"], [[0.0, 1e-6], [1e-3, 1.0]], title="t & u"))
+    space = "{http://www.w3.org/2000/svg}"
+    shades = [float(cell.attrib["fill-opacity"]) for cell in root.iter(f"{space}rect")]
+    assert shades == [0, 0.08, 0.54, 1]
+    assert {"a<b", "c", "x", "y", "t & u", "1e-06"} <= {element.text for element in root.iter(f"{space}text")}
+    assert heat_map_svg(["a"], ["x"], [[0.0]]).count("<rect") == 1
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ([[1.0]], "a value for each cell"), ([[1.0, -1.0]], "at least 0"), ([[1.0, float("nan")]], "finite")])
+def test_a_heat_map_needs_a_sound_value_in_each_cell(values: list, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        heat_map_svg(["a"], ["x", "y"], values)

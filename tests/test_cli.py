@@ -16,7 +16,8 @@ from slimdit.catalogue import CATALOGUE, FORMATS
 from slimdit.cli import app
 from slimdit.formats import load
 
-VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "report", "compare", "list")
+VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "sensitivity", "report",
+         "compare", "list")
 
 
 def call(*words: str | Path, code: int = 0) -> Result:
@@ -134,6 +135,31 @@ def test_evaluate_against_another_and_of_npz(tiny_model: Path, tmp_path: Path) -
     assert again["metrics"]["fd_lite0"]["value"] == pytest.approx(told["metrics"]["fd_lite0"]["value"], rel=0.05)
     short = answer("sample", tiny_model, "--images", "8", "--form", "npz", "--out", tmp_path / "t")["files"][0]
     assert "compare equal numbers only" in sentence("evaluate", tmp_path / "s" / "samples.npz", "--against", short)
+
+
+def test_sensitivity_in_time_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    words = ("sensitivity", tiny_model, "--images", "2", "--bins", "2", "--out", tmp_path / "s")
+    dry = answer(*words, "--dry-run")
+    assert dry["layers"] == 10 and dry["model calls per layer"] == 6 and not (tmp_path / "s").exists()
+    assert answer(*words, "--minutes", "0")["measured"] == 1
+    assert "--resume" in sentence(*words)
+    told = answer(*words, "--resume")
+    assert told["measured"] == told["of"] == 10 and len(told["bins"]) == 2
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"sensitivity.json", "sensitivity.svg"}
+    assert "blocks.1.mlp.fc2" in call(*words, "--resume").stdout
+    assert "another perturb" in sentence(*words, "--resume", "--perturb", "prune")
+    assert "did you mean 'drop'" in sentence("sensitivity", tiny_model, "--perturb", "dropp", "--out", tmp_path / "x")
+
+
+def test_sensitivity_interrupted_can_be_resumed(tiny_model: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    from slimdit.sensitivity import Probe
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Probe, "errors", interrupt)
+    assert "--resume" in sentence("sensitivity", tiny_model, "--images", "2", "--out", tmp_path / "s", code=5)
 
 
 def test_train_from_a_plan_and_from_a_preset(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ FLOORS = [
     {"models", "sampling", "report", "protocol"},
     {"pipeline"},
     {"metrics", "training", "formats", "sample_set"},
-    {"context"},
+    {"context", "allocation"},
     {"methods"},
     {"recipe"},
-    {"commands", "row"},
+    {"commands", "row", "sensitivity"},
     {"bench", "catalogue", "assets"},
     {"cli"},
 ]
@@ -107,7 +107,8 @@ def test_only_models_changes_a_models_layers():
     assert changing == ["models/dit.py", "models/linear.py", "models/surgery.py"]
 
 
-QUICK = ["recipe", "methods", "context", "files", "strict", "report.record", "report.pareto", "catalogue", "cli"]
+QUICK = ["recipe", "methods", "context", "allocation", "files", "strict", "report.record", "report.pareto", "catalogue",
+         "cli"]
 
 
 @pytest.mark.parametrize("name", QUICK)

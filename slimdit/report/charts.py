@@ -1,4 +1,4 @@
-"""Small pictures for folders and documents: a training curve as SVG, a sheet of sample images as PNG."""
+"""Small pictures for folders and documents: a curve or a heat map as SVG, a sheet of sample images as PNG."""
 
 from __future__ import annotations
 
@@ -58,6 +58,44 @@ def curve_svg(points: Sequence[tuple[float, float]], *, title: str = "", x: str 
             f'<text x="{center:.1f}" y="{height - 8}" text-anchor="middle">{escape(x)}</text>\n'
             f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>\n'
             "</svg>\n")
+
+
+def heat_map_svg(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], *,
+                 title: str = "") -> str:
+    """Values by row and column as an SVG document that needs nothing else: a darker cell is a larger value.
+
+    The shades are logarithmic, from the smallest value above 0 to the largest; 0 stays blank.
+
+    Raises:
+        ValueError: no cell, another number of values than of cells, or a value that is not finite or is below 0.
+    """
+    if not rows or not columns or [len(row) for row in values] != [len(columns)] * len(rows):
+        raise ValueError(f"a heat map of {len(rows)} rows and {len(columns)} columns needs a value for each cell")
+    if not all(math.isfinite(value) and value >= 0 for row in values for value in row):
+        raise ValueError("a heat map's values must be finite and at least 0")
+    logarithms = [math.log10(value) for row in values for value in row if value > 0] or [0.0]
+    low, high = min(logarithms), max(logarithms)
+    left, top, wide, tall = 16 + 7 * max(map(len, rows)), 60 if title else 36, 84, 20
+    width, height = left + wide * len(columns) + 16, top + tall * len(rows) + 16
+
+    def cell(across: int, down: int, value: float) -> str:
+        shade = 0.08 + 0.92 * (math.log10(value) - low) / ((high - low) or 1) if value > 0 else 0.0
+        x, y = left + wide * across, top + tall * down
+        return (f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{tall - 1}" fill="#2a78d6" '
+                f'fill-opacity="{shade:.3f}"/>'
+                f'<text x="{x + wide / 2:.0f}" y="{y + 14}" text-anchor="middle" '
+                f'fill="{"#fff" if shade > 0.5 else "#777"}">{value:.2g}</text>')
+
+    names = [f'<text x="{left + wide * (across + 0.5):.0f}" y="{top - 10}" text-anchor="middle">{escape(name)}</text>'
+             for across, name in enumerate(columns)]
+    names += [f'<text x="{left - 8}" y="{top + tall * down + 14}" text-anchor="end">{escape(name)}</text>'
+              for down, name in enumerate(rows)]
+    cells = [cell(across, down, value) for down, row in enumerate(values) for across, value in enumerate(row)]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#777">\n'
+            f"<title>{escape(title or 'heat map')}</title>\n"
+            + (f'<text x="16" y="20" font-size="14" font-weight="600">{escape(title)}</text>\n' if title else "")
+            + "\n".join([*names, *cells]) + "\n</svg>\n")
 
 
 def grid_png(images: np.ndarray, columns: int, path: Path, *, scale: int = 1,
