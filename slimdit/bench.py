@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .context import require
 from .files import write_json, write_text
 from .protocol import Protocol, find_protocol
-from .recipe import Recipe, find, shipped
+from .recipe import Recipe, find, tour
 from .report.record import AA, BASELINE, RECORD, Record, in_order, provenance, read, read_all, record_path, write
 from .row import Row
 from .strict import nearest
@@ -78,7 +78,7 @@ def plan(recipes: Sequence[str], *, model: str, protocol: str, folder: Path, ima
     Raises:
         ValueError: a recipe or the protocol is refused, or two recipes have one name.
     """
-    chosen = [find(name) for name in recipes] if recipes else [find(name) for name in shipped()]
+    chosen = [find(name) for name in recipes] if recipes else [find(name) for name in tour()]
     names = [BASELINE, AA, *(recipe.name for recipe in chosen)]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"bench: two rows are called {', '.join(sorted(doubled))}: give each recipe a name of its own")

@@ -119,7 +119,9 @@ class Pipeline:
     def denoise(self) -> Denoise:
         """The model as sampling calls it: float32 in and out, executed as `runtime` says."""
         dtype = DTYPES[self.runtime.dtype]
-        model = copy.deepcopy(self.model) if dtype != self._stored_dtype() else self.model
+        # A cast leaves integers as they are: the copy shares them.
+        shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
+        model = copy.deepcopy(self.model, shared) if dtype != self._stored_dtype() else self.model
         model = model.to(dtype).eval()
         form = self.runtime.attention_form(model.config.tokens, self.device)
         forward = torch.compile(model, dynamic=False) if self.runtime.compile else model

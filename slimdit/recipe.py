@@ -132,7 +132,12 @@ def find(name: str) -> Recipe:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with slimdit, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+    return {path.stem: path for path in sorted(SHIPPED.rglob("*.toml"), key=lambda path: path.stem)}
+
+
+def tour() -> dict[str, Path]:
+    """The shipped recipes that a bench runs when none is named: minutes, not hours."""
+    return {name: path for name, path in shipped().items() if path.parent == SHIPPED}
 
 
 def method_name(method: Method) -> str:

@@ -288,7 +288,7 @@ def costs(row: Row, pipeline: Pipeline) -> dict[str, Value]:
 
 
 def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
-    """What must be said of a row: that it changed nothing, or is slower."""
+    """What must be said of a row: that it changed nothing, or is no faster."""
     said = []
     baseline = read(record_path(Path(row.folder) / "records", BASELINE))
     if baseline.images and sampled == baseline.images.sha256:
@@ -298,6 +298,8 @@ def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
     whole = against.get("throughput_ratio")
     if whole is not None and whole.high is not None and whole.high < 1:
         said.append("slower")
+    elif whole is not None and whole.low is not None and whole.high is not None and whole.low <= 1 <= whole.high:
+        said.append("no speed effect")
     elif slower:
         said.append(f"slower at {', '.join(slower).replace('batch', 'batch ')}")
     return said

@@ -239,3 +239,16 @@ def test_a_bad_protocol_is_refused_with_a_sentence(tmp_path: Path, text: str, se
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence):
         find_protocol(str(path))
+
+
+@pytest.mark.parametrize("low, high, said", [(0.97, 1.02, ["no speed effect"]), (1.01, 1.2, []),
+                                             (0.8, 0.99, ["slower"])])
+def test_a_row_whose_time_is_the_baselines_says_no_speed_effect(tmp_path, low, high, said):
+    from slimdit.protocol import find_protocol
+    from slimdit.report.record import BASELINE, Record, Value, write
+    from slimdit.row import Row, notes
+
+    write(Record(name=BASELINE), tmp_path / "records")
+    row = Row("row", str(tmp_path), "bundled", find_protocol("quick"))
+    against = {"throughput_ratio": Value((low + high) / 2, low, high, 4, "x")}
+    assert notes(row, "", against) == said

@@ -110,7 +110,8 @@ PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 # Not torch.library.custom_op: its wrapping costs 60 us a call, and a model of 12 blocks makes 48 calls.
-torch.library.define("slimdit::int8_product", "(Tensor levels, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+torch.library.define("slimdit::int8_product",
+                     "(Tensor levels, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
 
 
 @torch.library.impl("slimdit::int8_product", "cpu")

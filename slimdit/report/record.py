@@ -101,7 +101,7 @@ class Record:
         metrics: what was measured of this row alone.
         against_baseline: ratios, paired differences (`fd_lite0_difference`) and paired fidelity (`psnr`).
         verdict: on quality: `no loss within X`, `loss`, or `too few images to say: N more`.
-        remarks: said in the row: `slower`, `no effect`.
+        remarks: said in the row: `slower`, `no speed effect`, `no effect`.
         witness: what each method did, in order: layers changed, bytes saved.
         provenance: see `provenance`.
         seconds: wall-clock seconds of every stage.
