@@ -17,7 +17,7 @@ export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench tables clean
+.PHONY: help install demo test lint bench methods tables clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,12 @@ lint: $(INSTALLED) ## ruff and mypy
 bench: $(INSTALLED) ## measure what results/demo lacks: the records that the README's table is rendered from
 	$(BIN)/slimdit bench --out results/demo --resume
 
-tables: $(INSTALLED) ## render the README's table from its records
+methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
+	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
+
+tables: $(INSTALLED) ## render the tables of README and docs/methods.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
+	$(BIN)/slimdit report results/methods --update docs/methods.md
 
 clean: ## remove the environment and the caches; runs/ and results/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build slimdit.egg-info
