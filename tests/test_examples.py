@@ -88,6 +88,7 @@ def test_the_method_example_runs_as_a_script(monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "arguments"), [
     ("gelu", ["--batch", "2", "--width", "16", "--depth", "1", "--rounds", "2", "--eager"]),
     ("attention", ["--tokens", "16", "--modes", "eager", "--dtypes", "float32", "--batch", "1", "--rounds", "2"]),
+    ("startup", ["--programs", "help", "--rounds", "2"]),
 ])
 def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
