@@ -227,7 +227,8 @@ def rehearse(recipe: Recipe, target: Pipeline | DiTConfig) -> tuple[Pipeline, li
     witnesses: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, method in enumerate(recipe.methods, 1):
-            current = apply(method, current, Context(start, Path(folder) / str(number), witnesses=witnesses))
+            current = apply(method, current, Context(start, Path(folder) / str(number), rehearsal=True,
+                                                     witnesses=witnesses))
     if mismatch := config_mismatch(current.model):
         raise ValueError(f"recipe {recipe.name}: {mismatch}")
     plain = current.replace(runtime=replace(current.runtime, compile=False))
@@ -330,22 +331,20 @@ def _twin(target: Pipeline | DiTConfig) -> Pipeline:
 
     from .models.autoencoder import PixelSpace
     from .models.dit import DiT, DiTConfig, twin
+    from .models.surgery import pack_linears
     from .pipeline import Pipeline
     from .sampling.seeds import seeded
 
     pipeline = None if isinstance(target, DiTConfig) else target
     config = target if isinstance(target, DiTConfig) else target.model.config
-    model = DiT(twin(config)).eval()
+    small = twin(config)
+    model = DiT(replace(small, linears={})).eval()
     generator = seeded(0, "twin")
     with torch.no_grad():
         for parameter in model.parameters():
             # The paper's initialisation makes every block silent, and a silent block hides what a method does.
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-        for name, buffer in model.named_buffers():
-            if buffer.dtype == torch.int8:
-                buffer.copy_(torch.randint(-127, 128, buffer.shape, generator=generator, dtype=torch.int8))
-            elif name.endswith(".scale"):
-                buffer.fill_(0.05 / 64)
+    pack_linears(model, small.linears)
     return pipeline.replace(model=model, autoencoder=PixelSpace()) if pipeline else Pipeline(model)
 
 

@@ -6,7 +6,15 @@ import torch
 from slimdit.models.dit import DiT, uniform
 from slimdit.pipeline import Pipeline
 from slimdit.sampling.solvers import Sampling, timesteps
-from slimdit.training.calibration import deployed_calls, layer_inputs, output_error, outputs
+from slimdit.training.calibration import (
+    absolute_maxima,
+    deployed_calls,
+    described,
+    hessians,
+    layer_inputs,
+    output_error,
+    outputs,
+)
 
 CONFIG = uniform(depth=2, width=16, heads=2, patch=2, input_size=(8, 8), channels=1, classes=3)
 
@@ -46,6 +54,21 @@ def test_layer_inputs_are_those_of_the_named_layers(pipeline):
     assert list(seen) == ["blocks.1.mlp.fc2"] and len(seen["blocks.1.mlp.fc2"]) == len(calls)
     assert seen["blocks.1.mlp.fc2"][0].shape == (2, 16, 64)
     assert not pipeline.model.blocks[1].mlp.fc2._forward_pre_hooks
+
+
+def test_maxima_and_hessians_are_those_of_the_inputs(pipeline):
+    name, seen = "blocks.1.attn.qkv", []
+    calls = deployed_calls(pipeline, images=2, batch=2)
+    layer_inputs(pipeline.model, calls, [name], lambda _, x: seen.append(x))
+    largest = absolute_maxima(pipeline.model, calls, [name])[name]
+    assert largest.shape == (4, 16)
+    for bin in range(4):
+        inputs = [x for x, call in zip(seen, calls, strict=True) if 250 * bin <= call.t[0] < 250 * (bin + 1)]
+        assert torch.equal(largest[bin], torch.cat([x.abs().flatten(0, 1) for x in inputs]).amax(0))
+    rows = torch.cat([x.flatten(0, 1) for x in seen]).double()
+    torch.testing.assert_close(hessians(pipeline.model, calls, [name])[name], rows.t() @ rows, rtol=1e-5, atol=1e-4)
+    told = described(pipeline, calls, {name: largest}, seed=0)
+    assert told["calls"] == 6 and told["largest_inputs"][name] == pytest.approx(largest.amax(1).tolist(), rel=0.01)
 
 
 def test_output_error_is_relative_and_zero_for_the_model_itself(pipeline):

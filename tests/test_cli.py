@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from slimdit.catalogue import CATALOGUE, FORMATS
 from slimdit.cli import app
 from slimdit.formats import load
+from slimdit.methods.quantize import PROTECTED
 
 VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "sensitivity", "report",
          "compare", "list")
@@ -99,7 +100,8 @@ def test_check_run_and_reload(tiny_model: Path, tmp_path: Path) -> None:
     assert checked["witness"][0]["method"] == "quantize"
     answer("run", "int8-weight-only", "--model", tiny_model, "--out", tmp_path / "int8")
     told = answer("inspect", tmp_path / "int8")
-    assert told["history"] == [{"quantize": {"weights": "int8", "layers": ["blocks.*"], "skip": []}}]
+    assert told["history"] == [{"quantize": {"weights": "int8", "rounding": "nearest", "protect": list(PROTECTED),
+                                             "images": 32}}]
     assert (tmp_path / "int8" / "recipe.toml").exists()
     assert told["methods"]["quantize"] != "yes"
     assert "quantize" in sentence("run", "int8-dynamic", "--model", tmp_path / "int8", "--out", tmp_path / "x", code=3)

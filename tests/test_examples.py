@@ -102,6 +102,20 @@ def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, ca
     assert result["provenance"]["command"] == f"python -m benchmarks.{name} {' '.join(arguments)}"
 
 
+def test_the_memory_benchmark_compares_every_kind_with_float32(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.load_memory")
+    monkeypatch.setattr(room, "fresh", lambda model, tiny, what: room.measure(model, tiny, "forward" in what) + 1)
+    monkeypatch.setattr(sys, "argv", ["load_memory", "--preset", "XS/8", "--repeats", "1"])
+    room.main()
+
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["weights"] for row in rows] == list(room.MODELS)
+    sizes = [row["file_ratio"] for row in rows]
+    # Float embedders weigh more in so narrow a model than in S/2.
+    assert sizes[0] == 1 and sizes == sorted(sizes, reverse=True) and sizes[1] < 0.35 and sizes[3] < 0.25
+    assert all(row["load_bytes"] > 0 and row["load_and_forward_bytes"] > 0 for row in rows)
+
+
 def test_the_benchmarked_forms_compute_the_same():
     gelu = importlib.import_module("benchmarks.gelu")
     attention = importlib.import_module("benchmarks.attention")

@@ -1,6 +1,9 @@
 """What every method promises, and what each says it changed."""
 
 import importlib
+import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
-from slimdit.models.dit import DiT, uniform
+from slimdit.models.dit import BlockConfig, DiT, uniform
 from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
 from slimdit.models.surgery import weight_bytes
 from slimdit.pipeline import Pipeline, Runtime
 from slimdit.recipe import Recipe, apply, config_mismatch, fingerprint, rehearse, run
 from slimdit.sampling.solvers import Sampling
+from slimdit.training.calibration import deployed_calls, output_error, outputs
 
 SMALL = uniform(depth=2, width=16, heads=2, patch=2, input_size=(8, 8), channels=1, classes=3)
 STEPS = 8
@@ -25,13 +29,17 @@ EXAMPLES = {
     "reduce_steps": ReduceSteps(3, solver="dpmpp_2m"),
     "quantize weight-only": Quantize(),
     "quantize dynamic": Quantize(activations="int8"),
+    "quantize smooth": Quantize(activations="int8", smooth=0.5, images=2),
+    "quantize int4": Quantize(weights="int4"),
+    "quantize int4 hqq": Quantize(weights="int4", rounding="hqq"),
+    "quantize int4 gptq": Quantize(weights="int4", rounding="gptq", images=2),
     "compile": Compile(),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
 NEUTRAL = {
     "reduce_steps": ReduceSteps(STEPS),
-    "quantize": Quantize(skip=("*",)),
+    "quantize": Quantize(protect=("*",)),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 
@@ -161,7 +169,7 @@ class TestQuantize:
         assert all(type(layer) is Int8Dynamic for layer in tokenwise)
         assert type(block.adaLN_modulation[1]) is Int8WeightOnly
         assert type(changed.model.final_layer.linear) is torch.nn.Linear
-        assert witness["layers"] == {"int8_dynamic": 8, "int8_weight_only": 2} and witness["layers_left_float"] == 2
+        assert witness["layers"] == {"int8_dynamic": 8, "int8_weight_only": 2} and witness["layers_left_float"] == 4
         assert witness["bytes_after"] == weight_bytes(changed.model) < 0.75 * witness["bytes_before"]
 
     def test_a_large_model_shrinks_to_near_a_quarter(self, tmp_path):
@@ -169,24 +177,116 @@ class TestQuantize:
         _, witness = apply_once(Quantize(), small_pipeline(config), tmp_path)
         assert witness["bytes_after"] < 0.45 * witness["bytes_before"]  # two blocks; the float embedders weigh here
 
-    def test_patterns_choose(self, tmp_path):
-        method = Quantize(layers=("*.mlp.*", "final_layer.linear"), skip=("blocks.0.*",))
-        changed, _ = apply_once(method, small_pipeline(), tmp_path)
-        assert set(changed.model.config.linears) == {"blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "final_layer.linear"}
+    def test_the_first_pattern_that_matches_decides(self, tmp_path):
+        spared = ("blocks.0.mlp.fc1", "blocks.0.*: int8", "*adaLN*", "t_embedder.*", "*.attn.*")
+        changed, _ = apply_once(Quantize(activations="int8", protect=spared), small_pipeline(), tmp_path)
+        weight_only = ("attn.qkv", "attn.proj", "mlp.fc2", "adaLN_modulation.1")
+        assert changed.model.config.linears == {
+            **{f"blocks.0.{name}": "int8_weight_only" for name in weight_only},
+            **dict.fromkeys(("blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "final_layer.linear"), "int8_dynamic")}
 
-    @pytest.mark.parametrize("option", ["layers", "skip"])
-    def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(self, option, tmp_path):
-        with pytest.raises(Refused, match=rf"{option} pattern 'blocks.1.mlp.fc3' .* nearest is 'blocks.1.mlp.fc"):
-            apply_once(Quantize(**{option: ("blocks.1.mlp.fc3",)}), small_pipeline(), tmp_path)
+    def test_protecting_nothing_leaves_no_linear_layer_as_it_was(self, tmp_path):
+        changed, witness = apply_once(Quantize(activations="int8", protect=()), small_pipeline(), tmp_path)
+        assert not any(isinstance(module, torch.nn.Linear) for module in changed.model.modules())
+        assert witness["layers"] == {"int8_dynamic": 14} and witness["layers_left_float"] == 0
+        assert {"t_embedder.mlp.0", "final_layer.adaLN_modulation.1"} < set(changed.model.config.linears)
+        assert images(changed).std() > 0
+
+    def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(self, tmp_path):
+        with pytest.raises(Refused, match=r"protect pattern 'blocks.1.mlp.fc3: int8' .* nearest is 'blocks.1.mlp.fc"):
+            apply_once(Quantize(protect=("blocks.1.mlp.fc3: int8",)), small_pipeline(), tmp_path)
 
     def test_a_packed_model_is_refused(self, tmp_path):
         once, _ = apply_once(Quantize(), small_pipeline(), tmp_path)
         with pytest.raises(Refused, match="10 layers are packed already: quantize once"):
             apply_once(Quantize(), once, tmp_path)
 
-    def test_unsupported_numbers_say_what_is(self):
-        with pytest.raises(ValueError, match='weights can be "int8", activations "int8" or left out'):
-            Quantize(weights="int4")
+    @pytest.mark.parametrize("options, sentence", [
+        ({"weights": "int3"}, 'use weights "int8" with activations "int8" or left out'),
+        ({"weights": "int4", "activations": "int8"}, '"int4" with activations left out'),
+        ({"weights": "fp8"}, '"fp8" with "fp8"'),
+        ({"rounding": "hqq"}, "'hqq' does not go with int8; use one of nearest, gptq"),
+        ({"group": 64}, "only int4 has groups"), ({"weights": "int4", "group": 0}, "above 0"),
+        ({"smooth": 1.5}, "smooth 1.5 is outside 0..1"), ({"images": 0}, "images must be at least 1"),
+        ({"protect": ("blocks.*: int4",)}, "'blocks.*: int4' must be a pattern of names, alone or followed")])
+    def test_bad_options_are_refused_at_once(self, options, sentence):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            Quantize(**options)
+
+    @pytest.mark.parametrize("rounding", ["nearest", "hqq", "gptq"])
+    def test_int4_packs_two_weights_a_byte_and_keeps_adaln_in_int8(self, rounding, tmp_path):
+        method = Quantize(weights="int4", rounding=rounding, images=2)
+        changed, witness = apply_once(method, small_pipeline(), tmp_path)
+        assert witness["layers"] == {"int4_weight_only:128": 8, "int8_weight_only": 2}
+        fc2 = changed.model.blocks[0].mlp.fc2
+        assert fc2.weight.shape == (16, 32) and fc2.weight.dtype == torch.uint8 and fc2.group == 64
+        assert type(changed.model.blocks[0].adaLN_modulation[1]) is Int8WeightOnly
+
+    def test_a_group_that_does_not_divide_is_refused_with_those_that_do(self, tmp_path):
+        config = uniform(depth=1, width=192, heads=3, patch=4, input_size=(8, 8), channels=1, classes=3)
+        with pytest.raises(Refused, match=r"groups of 100 do not divide the 192 inputs of blocks.0.attn.qkv: use a "
+                                          r"group of 1, 2, 3, .* 64, 96, 192, or leave"):
+            apply_once(Quantize(weights="int4", group=100), small_pipeline(config), tmp_path)
+        changed, _ = apply_once(Quantize(weights="int4", group=64), small_pipeline(config), tmp_path)
+        assert changed.model.blocks[0].attn.qkv.scale.shape == (576, 3)
+        rehearse(Recipe("twin", (Quantize(weights="int4", group=64),)), config)  # whose rows are 12 long
+
+    def test_rows_that_only_tiny_groups_divide_are_refused(self, tmp_path):
+        block = BlockConfig(2, 8, 257)  # a prime
+        with pytest.raises(Refused, match=r"no group of 16 to 128 divides the 257 inputs of blocks.0.mlp.fc2: protect"):
+            apply_once(Quantize(weights="int4"), small_pipeline(replace(SMALL, blocks=(block,))), tmp_path)
+
+    @pytest.mark.parametrize("weights", ["int8", "int4"])
+    def test_gptq_keeps_the_models_answers_closer_than_nearest_on_other_images(self, weights, tmp_path):
+        config = uniform(depth=2, width=64, heads=4, patch=2, input_size=(8, 8), channels=1, classes=3)
+        pipeline = small_pipeline(config)
+        calls = deployed_calls(pipeline, images=8, seed=99)
+        expected = outputs(pipeline.model, calls)
+        errors = {}
+        for rounding in ("nearest", "gptq"):
+            method = Quantize(weights=weights, rounding=rounding, images=16)
+            changed, witness = apply_once(method, pipeline, tmp_path)
+            errors[rounding] = output_error(changed.model, calls, expected)
+        assert errors["gptq"] < 0.9 * errors["nearest"]
+        assert 0 < witness["output_error"] < 1
+
+    def test_witness_says_what_was_calibrated_on(self, tmp_path):
+        _, witness = apply_once(Quantize(activations="int8", smooth=0.5, images=2), small_pipeline(), tmp_path)
+        told = witness["calibration"]
+        assert (told["solver"], told["steps"], told["guidance"], told["seed"], told["calls"]) == ("ddim", 8, 1.5, 0, 8)
+        assert len(told["timesteps"]) == 8 and set(told["largest_inputs"]) == {
+            f"blocks.{i}.{name}" for i in (0, 1) for name in ("adaLN_modulation.1", "attn.qkv", "attn.proj", "mlp.fc1",
+                                                              "mlp.fc2")}
+        assert all(len(bins) == 4 and min(bins) > 0 for bins in told["largest_inputs"].values())
+        assert witness["layers_smoothed"] == 6
+        json.dumps(witness, allow_nan=False)
+
+    def test_smoothing_helps_where_channels_differ(self, tmp_path):
+        pipeline = small_pipeline()
+        with torch.no_grad():  # two channels that adaLN makes far larger than the others, as trained DiTs have
+            for block in pipeline.model.blocks:
+                block.adaLN_modulation[1].bias.view(6, 16)[[1, 4], :2] += 60
+        calls = deployed_calls(pipeline, images=8, seed=99)
+        expected = outputs(pipeline.model, calls)
+        methods = Quantize(activations="int8"), Quantize(activations="int8", smooth=0.5)
+        plain, smooth = (output_error(apply_once(method, pipeline, tmp_path)[0].model, calls, expected)
+                         for method in methods)
+        assert smooth < 0.7 * plain
+
+    def test_smoothing_needs_a_plain_adaln(self, tmp_path):
+        pipeline = small_pipeline()
+        factored = torch.nn.Sequential(torch.nn.Linear(16, 2), torch.nn.Linear(2, 96))
+        pipeline.model.blocks[1].adaLN_modulation[1] = factored
+        with pytest.raises(Refused, match=r"needs blocks\.1.adaLN_modulation.1 to be a plain float linear layer"):
+            Quantize(activations="int8", smooth=0.5).apply(pipeline, Context(pipeline, tmp_path))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where nothing multiplies fp8")
+    def test_fp8_is_refused_without_a_device_that_multiplies_it(self, tmp_path):
+        method = Quantize(weights="fp8", activations="fp8")
+        with pytest.raises(Refused, match=r'capability 8.9 or newer, .* use weights "int8" with activations "int8"'):
+            apply_once(method, small_pipeline(), tmp_path)
+        with pytest.raises(Refused, match="fp8 needs a CUDA device"):
+            rehearse(Recipe("fp8", (method,)), SMALL)
 
     def test_runs_in_bfloat16_near_the_float_images(self, tmp_path):
         pipeline = small_pipeline()

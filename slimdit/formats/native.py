@@ -13,6 +13,7 @@ from torch import Tensor
 from ..files import write_json, write_tensors
 from ..models.autoencoder import Autoencoder, autoencoder_from_dict
 from ..models.dit import BlockConfig, DiTConfig
+from ..models.packed import PackedLinear
 from ..pipeline import Pipeline, Runtime
 from ..sampling.process import NoiseProcess
 from ..sampling.solvers import Sampling
@@ -75,11 +76,12 @@ def save(pipeline: Pipeline, folder: Path, *, dtype: StoredDtype | None = None) 
 
 
 def stored_tensors(pipeline: Pipeline, dtype: StoredDtype | None) -> dict[str, Tensor]:
-    """The tensors to write: positions and the scales of integer layers stay float32, integers stay integers."""
+    """The tensors to write: positions and what packed layers keep exactly stay as they are, as integers do."""
     tensors = pipeline.model.state_dict()
     if dtype is None:
         return tensors
-    exact = {"pos_embed", *(f"{name}.scale" for name in pipeline.model.config.linears)}
+    packed = ((name, layer) for name, layer in pipeline.model.named_modules() if isinstance(layer, PackedLinear))
+    exact = {"pos_embed", *(f"{name}.{tensor}" for name, layer in packed for tensor in layer.EXACT)}
     return {name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() and name not in exact else tensor
             for name, tensor in tensors.items()}
 

@@ -160,7 +160,7 @@ def check_limits(config: DiTConfig, path: Path) -> None:
 
 
 def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
-    """The DiT of a config with these tensors as its parameters: floats as float32, packed integers as they are.
+    """The DiT of a config with these tensors as its parameters: floats as float32, packed numbers as they are.
 
     Raises:
         FormatError: a tensor is missing, unexpected, or of another shape or kind than the config says.
@@ -181,10 +181,10 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
         have = tensors[name]
         if have.shape != want.shape:
             raise FormatError(f"{path}: {name} has shape {tuple(have.shape)}, the structure says {tuple(want.shape)}")
-        if have.is_floating_point() != want.is_floating_point():
+        # Floats come in any precision; what a packed layer stores means something in its own type alone.
+        if have.dtype != want.dtype and not (want.dtype == torch.float32 and have.is_floating_point()):
             raise FormatError(f"{path}: {name} is {have.dtype} where the structure says {want.dtype}")
-    ready = {name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor.to(expected[name].dtype)
-             for name, tensor in tensors.items()}
+    ready = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     model.load_state_dict(ready, assign=True)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Linear layers by the numbers they store: float, and packed 8-bit integers.
+"""Linear layers by the numbers they store: float, packed 8-bit integers here, and the kinds of int4.py and fp8.py.
 
 Weights are symmetric per output channel, W ~ scale[:, None] * weight with weight in -127..127; activations, where they
 are integers too, symmetric per token ("LLM.int8()", arXiv 2208.07339, equation 4, without its outliers).
@@ -6,12 +6,18 @@ are integers too, symmetric per token ("LLM.int8()", arXiv 2208.07339, equation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .fp8 import Fp8Dynamic
+from .int4 import Int4WeightOnly
+from .packed import PackedLinear
+from .rounding import INT8, Rounded
 
 LEVELS = 127  # -128 is left out, so that the scale is symmetric
 ZERO = 128  # where 0 lies among the unsigned levels of a CPU's product
@@ -20,23 +26,22 @@ FAST_PRODUCT = torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_
 TINY = torch.finfo(torch.float32).tiny  # smallest scale: a row or token of zeros stays zeros
 
 
-class Int8WeightOnly(nn.Module):
+class Int8WeightOnly(PackedLinear):
     """A linear layer of int8 weights that multiplies in the precision of its input.
 
     `weight` is int8 (out, in), `scale` float32 (out,), `bias` float. Empty until loaded or made by `of`: its output is
     then 0. `scale` stays float32 when the model is cast; bfloat16 would cost it more than the int8 weights do.
     """
 
+    GRID = INT8
     weight: Tensor
     scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True,
                  device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, device)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     @classmethod
     @torch.no_grad()
@@ -49,24 +54,13 @@ class Int8WeightOnly(nn.Module):
             packed.bias = nn.Parameter(linear.bias.detach().clone())
         return packed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
+    def store(self, rounded: Rounded) -> None:
+        """Hold these integers with their scales."""
+        self.weight, self.scale = rounded.codes.to(torch.int8), rounded.scale[:, 0]
 
     def dequantize(self) -> Tensor:
         """The weights as the layer means them: float32, (out_features, in_features)."""
         return self.weight * self.scale[:, None]
-
-    def extra_repr(self) -> str:
-        """Sizes, as nn.Linear prints them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:  # a cast: keep the numbers, follow the device
-            self.scale = scale.to(self.scale.device)
-        return self
 
 
 class Int8Dynamic(Int8WeightOnly):
@@ -88,8 +82,10 @@ class Int8Dynamic(Int8WeightOnly):
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-LINEARS: Mapping[str, type[Int8WeightOnly]] = {"int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic}
-"""Kinds of packed linear layers, by the name that `DiTConfig.linears` gives."""
+LINEARS: Mapping[str, type[PackedLinear]] = {"int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic,
+                                             "int4_weight_only": Int4WeightOnly, "fp8_dynamic": Fp8Dynamic}
+"""Kinds of packed linear layers, by the name that `DiTConfig.linears` gives; int4's has its groups after it, as in
+"int4_weight_only:128"."""
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,28 +149,36 @@ def replace_linear(model: nn.Module, name: str, kind: str) -> None:
     Raises:
         ValueError: the kind is unknown, or `name` is not a float linear layer of the model.
     """
-    set_linear(model, name, empty(float_linear(model, name), linear_kind(name, kind)))
+    linear, (layer, options) = float_linear(model, name), linear_kind(name, kind)
+    set_linear(model, name, layer(linear.in_features, linear.out_features, linear.bias is not None,
+                                  linear.weight.device, **options))
 
 
-def pack_linear(model: nn.Module, name: str, kind: str) -> None:
+def pack_linear(model: nn.Module, name: str, kind: str, rounded: Rounded | None = None) -> None:
     """Quantize the float layer called `name` to a kind, in place.
+
+    Args:
+        rounded: the integers to hold, instead of the nearest ones.
 
     Raises:
         ValueError: the kind is unknown, or `name` is not a float linear layer of the model.
     """
-    set_linear(model, name, linear_kind(name, kind).of(float_linear(model, name)))
+    linear, (layer, options) = float_linear(model, name), linear_kind(name, kind)
+    set_linear(model, name, layer.of_rounded(linear, rounded, **options) if rounded else layer.of(linear, **options))
 
 
-def empty(linear: nn.Linear, kind: type[Int8WeightOnly]) -> nn.Module:
-    """A layer of a kind with a float layer's sizes and device."""
-    return kind(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
+def linear_kind(name: str, kind: Any) -> tuple[Any, dict[str, int]]:
+    """The `PackedLinear` class of a kind, and what the kind's name says besides, to build it with.
 
-
-def linear_kind(name: str, kind: Any) -> type[Int8WeightOnly]:
-    """The class of a kind."""
-    if kind not in LINEARS:
-        raise ValueError(f"{name}: linear kind {kind!r} is unknown; use one of {', '.join(LINEARS)}")
-    return LINEARS[kind]
+    Raises:
+        ValueError: there is no such kind; `name` is the layer's.
+    """
+    if grouped := re.fullmatch(r"int4_weight_only:([1-9][0-9]{0,6})", str(kind)):
+        return Int4WeightOnly, {"group": int(grouped[1])}
+    if kind not in LINEARS or LINEARS[kind] is Int4WeightOnly:
+        known = (f"{name}:GROUP" if layer is Int4WeightOnly else name for name, layer in LINEARS.items())
+        raise ValueError(f"{name}: linear kind {kind!r} is unknown; use one of {', '.join(known)}")
+    return LINEARS[kind], {}
 
 
 def float_linear(model: nn.Module, name: str) -> nn.Linear:

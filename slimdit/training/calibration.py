@@ -6,7 +6,7 @@ arXiv 2406.17343): a method calibrates on the solver, steps and guidance that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -87,6 +87,48 @@ def layer_inputs(model: DiT, calls: Sequence[Call], names: Iterable[str], visit:
     with watched(model, names, visit):
         for call in calls:
             model(call.x, call.t, call.y)
+
+
+BINS = 4  # of 250 timesteps: ranges change along the trajectory
+
+
+def absolute_maxima(model: DiT, calls: Sequence[Call], names: Iterable[str]) -> dict[str, Tensor]:
+    """The largest magnitude of every input channel of layers, by name: (BINS, in_features), by the calls' timesteps.
+
+    Bin 0 holds timesteps 0..249; a bin that no call visits holds zeros.
+    """
+    largest: dict[str, Tensor] = {}
+    for call in calls:
+        bin = min(int(call.t[0]) * BINS // 1000, BINS - 1)
+
+        def visit(name: str, x: Tensor, bin: int = bin) -> None:
+            seen = largest.setdefault(name, x.new_zeros(BINS, x.shape[-1]))
+            seen[bin] = torch.maximum(seen[bin], x.abs().flatten(0, -2).amax(0))
+
+        layer_inputs(model, [call], names, visit)
+    return largest
+
+
+def hessians(model: DiT, calls: Sequence[Call], names: Iterable[str]) -> dict[str, Tensor]:
+    """Sum of x x^T over the inputs x of layers, by name: float64, (in_features, in_features)."""
+    sums: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        product = (rows.t() @ rows).double()
+        sums[name] = sums[name] + product if name in sums else product
+
+    layer_inputs(model, calls, names, visit)
+    return sums
+
+
+def described(pipeline: Pipeline, calls: Sequence[Call], maxima: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
+    """What was calibrated on, JSON-ready: the sampling, the calls, and each layer's largest input in every bin."""
+    sampling = pipeline.sampling
+    return {"solver": sampling.solver, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed,
+            "calls": len(calls), "timesteps": sorted({round(float(call.t[0]), 3) for call in calls}, reverse=True),
+            "largest_inputs": {name: [float(f"{value:.3g}") for value in bins.amax(1).tolist()]
+                               for name, bins in maxima.items()}}
 
 
 @torch.no_grad()
