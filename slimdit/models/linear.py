@@ -1,4 +1,4 @@
-"""Linear layers by the numbers they store: float, and packed 8-bit integers.
+"""Linear layers by what they store: float numbers, packed 8-bit integers, two thin matrices for a large one.
 
 Weights are symmetric per output channel, W ~ scale[:, None] * weight with weight in -127..127; activations, where they
 are integers too, symmetric per token ("LLM.int8()", arXiv 2208.07339, equation 4, without its outliers).
@@ -75,6 +75,22 @@ class Int8Dynamic(Int8WeightOnly):
         if self.bias is not None:
             product = product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class LowRank(nn.Module):
+    """Two linear layers that stand for one of low rank: x to `up`(`down`(x)), the bias in `up`.
+
+    It stores rank (in + out) weights for in x out.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.up(self.down(x))
 
 
 LINEARS: Mapping[str, type[Int8WeightOnly]] = {"int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic}
