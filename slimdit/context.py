@@ -37,6 +37,7 @@ class Context:
         folder: where this method may write.
         data: images to learn or calibrate from, where there are any.
         device: `"cpu"`, `"cuda"`, as the pipeline's own.
+        rehearsal: whether this is the tiny twin's trial run, in which training takes a step or two and opens no data.
         report: told a line of progress now and then.
         witnesses: what was changed so far, one entry per method.
     """
@@ -46,6 +47,7 @@ class Context:
     data: ImageData | None = None
     device: str = "cpu"
     seed: int = 0
+    rehearsal: bool = False
     report: Callable[[str], None] = lambda line: None
     witnesses: list[dict[str, Any]] = field(default_factory=list)
 

@@ -9,6 +9,9 @@ import torch
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.low_rank_adaln import LowRankAdaln
+from slimdit.methods.prune_depth import PruneDepth
+from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.dit import DiT, uniform
@@ -26,12 +29,18 @@ EXAMPLES = {
     "quantize weight-only": Quantize(),
     "quantize dynamic": Quantize(activations="int8"),
     "compile": Compile(),
+    "prune_width": PruneWidth(mlp=0.75, images=4),
+    "prune_depth": PruneDepth(keep=1, images=4),
+    "low_rank_adaln": LowRankAdaln(final=True),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
 NEUTRAL = {
     "reduce_steps": ReduceSteps(STEPS),
     "quantize": Quantize(skip=("*",)),
+    "prune_width": PruneWidth(),
+    "prune_depth": PruneDepth(keep=2),
+    "low_rank_adaln": LowRankAdaln(rank=1.0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 
