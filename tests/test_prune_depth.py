@@ -121,3 +121,17 @@ def test_any_number_on_any_presets_twin_runs_and_reloads(size, how, data):
     asked = torch.ones(2, 4, 8, 8), torch.tensor([7, 800]), torch.tensor([0, 3])
     assert torch.equal(again.model(*asked), changed.model(*asked))
     assert twin(config).blocks[0] == changed.model.config.blocks[0]
+
+
+def test_what_is_left_of_a_plain_model_is_plain_to_diffusers(tmp_path):
+    """Fewer equal blocks are a DiT that diffusers knows; narrower ones are refused (test_formats.py)."""
+    from diffusers import DiTTransformer2DModel
+
+    pipeline = small_pipeline(replace(DEEP, frequency_shift=1))
+    changed, _ = apply_once(PruneDepth(keep=3), pipeline, tmp_path)
+    save(changed, tmp_path / "saved", format="diffusers")
+    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "saved", subfolder="transformer").eval()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, timestep=t, class_labels=y).sample, changed.model(x, t, y),
+                                   rtol=1e-4, atol=1e-4)
