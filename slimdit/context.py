@@ -37,7 +37,8 @@ class Context:
         folder: where this method may write.
         data: images to learn or calibrate from, where there are any.
         device: `"cpu"`, `"cuda"`, as the pipeline's own.
-        rehearsal: whether the pipeline is the tiny twin of the real one, whose sizes mean nothing.
+        rehearsal: whether the pipeline is the tiny twin of the real one, whose sizes mean nothing: training takes a step
+            or two and opens no data.
         report: told a line of progress now and then.
         witnesses: what was changed so far, one entry per method.
     """

@@ -40,6 +40,14 @@ def test_blocks_may_differ():
     assert macs(CONFIG).attention_mixing - macs(narrow).attention_mixing == 2 * 64 * (16 - 8)
 
 
+def test_a_pair_in_adaln_is_counted_as_its_two_layers():
+    block = replace(CONFIG.blocks[0], adaln_rank=5)
+    thin = replace(CONFIG, blocks=(block, *CONFIG.blocks[1:]), final_adaln_rank=3)
+    assert macs(thin).modulation == 5 * (16 + 96) + 2 * 16 * 96 + 3 * (16 + 32)
+    assert macs(replace(thin, blocks=CONFIG.blocks)).total - macs(thin).total == 16 * 96 - 5 * (16 + 96)
+    assert parameters(CONFIG) - parameters(thin) == 16 * 96 - 5 * (16 + 96) + 16 * 32 - 3 * (16 + 32)
+
+
 def test_unknown_attention_is_refused_not_guessed():
     block = replace(CONFIG.blocks[0])
     object.__setattr__(block, "attention", "novel")

@@ -209,6 +209,22 @@ def test_the_twin_is_tiny():
     assert sum(parameter.numel() for parameter in DiT(small).parameters()) < 3e6
 
 
+def test_low_rank_adaln_has_its_names_begins_silent_and_shrinks_with_the_twin():
+    block = BlockConfig(heads=2, head_dim=8, mlp_width=8, adaln_rank=4)
+    config = replace(UNEVEN, width=16, blocks=(block, replace(block, adaln_rank=None)), final_adaln_rank=15)
+    model = DiT(config)
+    assert {name: tuple(tensor.shape) for name, tensor in model.blocks[0].adaLN_modulation.state_dict().items()} == {
+        "1.down.weight": (4, 16), "1.up.weight": (96, 4), "1.up.bias": (96,)}
+    assert model.blocks[0].adaLN_modulation(torch.randn(3, 16)).abs().max() == 0
+    assert model.blocks[0].adaLN_modulation[1].down.weight.abs().max() > 0  # or nothing of the pair could learn
+    small = twin(config)
+    assert (small.width, [one.adaln_rank for one in small.blocks], small.final_adaln_rank) == (8, [2, None], 7)
+    assert DiTConfig.from_dict(config.to_dict()) == config
+    old = config.to_dict()
+    del old["final_adaln_rank"], old["blocks"][1]["adaln_rank"]
+    assert DiTConfig.from_dict(old) == replace(config, final_adaln_rank=None)
+
+
 @pytest.mark.parametrize("change, sentence", [
     ({"channels": 0}, "channels must be a whole number above 0"),
     ({"classes": -1}, "classes must be a whole number above 0"),
@@ -218,6 +234,9 @@ def test_the_twin_is_tiny():
     ({"patch": 8}, "does not divide the input size"),
     ({"input_size": (4, 0)}, "input_size must be a whole number above 0"),
     ({"label_dropout": 1.5}, "label_dropout 1.5 is outside 0..1"),
+    ({"final_adaln_rank": 0}, "final_adaln_rank must be a whole number above 0"),
+    ({"final_adaln_rank": UNEVEN.width}, "is not below the width"),
+    ({"blocks": (BlockConfig(2, 4, 8, adaln_rank=UNEVEN.width + 1),)}, "is not below the width"),
 ])
 def test_bad_configs_are_refused_with_a_sentence(change, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -228,6 +247,7 @@ def test_bad_configs_are_refused_with_a_sentence(change, sentence):
     ({"heads": 0}, "heads must be a whole number above 0"),
     ({"head_dim": 1.5}, "head_dim must be a whole number above 0"),
     ({"attention": "softmx"}, "attention 'softmx' is unknown; use one of softmax"),
+    ({"adaln_rank": 0}, "adaln_rank must be a whole number above 0"),
 ])
 def test_bad_blocks_are_refused_with_a_sentence(block, sentence):
     with pytest.raises(ValueError, match=sentence):

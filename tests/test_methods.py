@@ -12,6 +12,9 @@ import torch
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.low_rank_adaln import LowRankAdaln
+from slimdit.methods.prune_depth import PruneDepth
+from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.dit import BlockConfig, DiT, uniform
@@ -34,12 +37,18 @@ EXAMPLES = {
     "quantize int4 hqq": Quantize(weights="int4", rounding="hqq"),
     "quantize int4 gptq": Quantize(weights="int4", rounding="gptq", images=2),
     "compile": Compile(),
+    "prune_width": PruneWidth(mlp=0.75, images=4),
+    "prune_depth": PruneDepth(keep=1, images=4),
+    "low_rank_adaln": LowRankAdaln(final=True),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
 NEUTRAL = {
     "reduce_steps": ReduceSteps(STEPS),
     "quantize": Quantize(protect=("*",)),
+    "prune_width": PruneWidth(),
+    "prune_depth": PruneDepth(keep=2),
+    "low_rank_adaln": LowRankAdaln(rank=1.0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 

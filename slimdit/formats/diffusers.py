@@ -311,6 +311,9 @@ def require_plain(pipeline: Pipeline) -> None:
         inner = block.heads * block.head_dim
         raise FormatError(f"diffusers' DiT has attention as wide as its tokens and an MLP of four times that, this "
                           f"model {inner} and {block.mlp_width} at width {config.width}: {instead}", 3)
+    if block.adaln_rank or config.final_adaln_rank:
+        raise FormatError("diffusers' DiT has one linear layer in adaLN, this model a pair of rank "
+                          f"{block.adaln_rank or config.final_adaln_rank}: {instead}", 3)
     if config.label_rows < 2:
         raise FormatError(f"diffusers' DiT has two label rows at least, this model one: {instead}", 3)
 

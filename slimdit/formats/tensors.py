@@ -24,6 +24,7 @@ from ..pipeline import Pipeline
 
 GIB = 2 ** 30
 LARGEST_FILE = 64 * GIB  # bytes; DiT-XL/2 with its EMA and optimizer is about 11 GiB
+ALIGNMENT = 64  # bytes, PyTorch's own on a CPU; a mapped file begins its tensors anywhere
 LARGEST_JSON = 16 * 2 ** 20  # bytes
 LARGEST_DEPTH = 4096  # blocks
 LARGEST_SIDE = 2 ** 20  # of any other size in a config
@@ -184,9 +185,14 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
         # Floats come in any precision; what a packed layer stores means something in its own type alone.
         if have.dtype != want.dtype and not (want.dtype == torch.float32 and have.is_floating_point()):
             raise FormatError(f"{path}: {name} is {have.dtype} where the structure says {want.dtype}")
-    ready = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
+    ready = {name: _aligned(tensor.to(expected[name].dtype)) for name, tensor in tensors.items()}
     model.load_state_dict(ready, assign=True)
     return model.eval()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor as PyTorch would place it: thin products sum in another order elsewhere, and a bit would differ."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _list(what: str, names: list[str]) -> str:

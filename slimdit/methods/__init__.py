@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from .compile import Compile
+from .low_rank_adaln import LowRankAdaln
+from .prune_depth import PruneDepth
+from .prune_width import PruneWidth
 from .quantize import Quantize
 from .reduce_steps import ReduceSteps
 
@@ -26,6 +29,9 @@ class Method(Protocol):
 
 
 METHODS: Mapping[str, type] = {
+    "prune_depth": PruneDepth,
+    "prune_width": PruneWidth,
+    "low_rank_adaln": LowRankAdaln,
     "reduce_steps": ReduceSteps,
     "quantize": Quantize,
     "compile": Compile,

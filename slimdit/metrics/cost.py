@@ -64,7 +64,8 @@ def macs(config: DiTConfig) -> Macs:
     return Macs(
         embedding=tokens * patch_area * config.channels * width,
         condition=FREQUENCIES * width + width * width,
-        modulation=(6 * len(config.blocks) + 2) * width * width,
+        modulation=sum(_modulation_macs(width, 6 * width, block.adaln_rank) for block in config.blocks)
+        + _modulation_macs(width, 2 * width, config.final_adaln_rank),
         attention_linears=sum(linears for linears, _ in attention),
         attention_mixing=sum(mixing for _, mixing in attention),
         mlp=sum(2 * tokens * width * block.mlp_width for block in config.blocks),
@@ -98,6 +99,10 @@ def file_bytes(saved: Path) -> int:
     if not files:
         raise FileNotFoundError(f"{saved} holds no .safetensors file: name the folder of a saved model")
     return sum(file.stat().st_size for file in files)
+
+
+def _modulation_macs(width: int, outputs: int, rank: int | None) -> int:
+    return width * outputs if rank is None else rank * (width + outputs)
 
 
 def _attention_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:

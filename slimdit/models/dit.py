@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionForm, SoftmaxAttention
 from .feedforward import MLP
-from .linear import replace_linear
+from .linear import LowRank, replace_linear
 from .presets import PATCHES, PRESETS
 
 FREQUENCIES = 256  # features of the sinusoidal timestep embedding, fixed in every published DiT
@@ -30,6 +30,9 @@ ATTENTION: Mapping[str, Callable[..., nn.Module]] = {"softmax": SoftmaxAttention
 class BlockConfig:
     """The structure of one block. Blocks of a model may differ from each other.
 
+    Attributes:
+        adaln_rank: rank of the pair of linear layers that adaLN's one was replaced by; None is the one layer.
+
     Raises:
         ValueError: a size is not positive, or the attention kind is unknown.
     """
@@ -38,10 +41,13 @@ class BlockConfig:
     head_dim: int
     mlp_width: int
     attention: str = "softmax"
+    adaln_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "mlp_width"):
             _require_positive("block", name, getattr(self, name))
+        if self.adaln_rank is not None:
+            _require_positive("block", "adaln_rank", self.adaln_rank)
         if self.attention not in ATTENTION:
             raise ValueError(f"block: attention {self.attention!r} is unknown; use one of {', '.join(ATTENTION)}")
 
@@ -63,9 +69,11 @@ class DiTConfig:
             uses 0, diffusers' DiTTransformer2DModel uses 1; the weights of one are not exact in the other.
         mlp_norm_eps: epsilon of the norm before the MLP (diffusers may keep 1e-5 there).
         linears: linear layers that are not plain float ones, by module name, with their kind in `models/linear.py`.
+        final_adaln_rank: as `BlockConfig.adaln_rank`, of the final layer.
 
     Raises:
-        ValueError: a size is not positive, the patch does not divide the input, or the width is not a multiple of 4.
+        ValueError: a size is not positive, the patch does not divide the input, the width is not a multiple of 4, or a
+            rank of adaLN is not below the width.
     """
 
     input_size: tuple[int, int]
@@ -79,6 +87,7 @@ class DiTConfig:
     frequency_shift: int = 0
     mlp_norm_eps: float = NORM_EPS
     linears: Mapping[str, str] = field(default_factory=dict)
+    final_adaln_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channels", "classes", "patch", "width"):
@@ -91,6 +100,12 @@ class DiTConfig:
             raise ValueError(f"model: width {self.width} is not a multiple of 4, which the position embedding needs")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"model: label_dropout {self.label_dropout} is outside 0..1")
+        if self.final_adaln_rank is not None:
+            _require_positive("model", "final_adaln_rank", self.final_adaln_rank)
+        for rank in (self.final_adaln_rank, *(block.adaln_rank for block in self.blocks)):
+            if rank is not None and rank >= self.width:
+                raise ValueError(f"model: an adaLN rank of {rank} is not below the width {self.width}: leave it out "
+                                 "for the one full layer")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -176,9 +191,14 @@ def twin(config: DiTConfig, head_dim: int = 4) -> DiTConfig:
     shrink = width / config.width
 
     def small(block: BlockConfig) -> BlockConfig:
-        return replace(block, head_dim=head_dim, mlp_width=max(1, round(block.mlp_width * shrink)))
+        return replace(block, head_dim=head_dim, mlp_width=max(1, round(block.mlp_width * shrink)),
+                       adaln_rank=rank(block.adaln_rank))
 
-    return replace(config, width=width, blocks=tuple(small(block) for block in config.blocks))
+    def rank(full: int | None) -> int | None:
+        return full and min(max(1, round(full * shrink)), width - 1)
+
+    return replace(config, width=width, blocks=tuple(small(block) for block in config.blocks),
+                   final_adaln_rank=rank(config.final_adaln_rank))
 
 
 class DiT(nn.Module):
@@ -197,7 +217,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.label_rows, config.width)
         self.register_buffer("pos_embed", position_embedding(config.grid, config.width)[None])
         self.blocks = nn.ModuleList(Block(config.width, block, config.mlp_norm_eps) for block in config.blocks)
-        self.final_layer = FinalLayer(config.width, config.patch, config.out_channels)
+        self.final_layer = FinalLayer(config.width, config.patch, config.out_channels, config.final_adaln_rank)
         self.initialise()
         for name, kind in config.linears.items():
             replace_linear(self, name, kind)
@@ -226,7 +246,7 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                _zero(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         _zero(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -234,7 +254,8 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         for branch in (*self.blocks, self.final_layer):
-            for parameter in branch.adaLN_modulation.parameters():
+            *_, speaks = branch.adaLN_modulation.modules()  # the last layer alone: a pair of zeros would never learn
+            for parameter in speaks.parameters():
                 _zero(parameter)
         for parameter in self.final_layer.linear.parameters():
             _zero(parameter)
@@ -255,7 +276,7 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](width, config.heads, config.head_dim)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=False)
         self.mlp = MLP(width, config.mlp_width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = modulation(width, 6 * width, config.adaln_rank)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(batch, tokens, width) and (batch, width) to (batch, tokens, width)."""
@@ -268,16 +289,21 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """The last modulated norm and the projection from a token to the pixels of its patch."""
 
-    def __init__(self, width: int, patch: int, out_channels: int) -> None:
+    def __init__(self, width: int, patch: int, out_channels: int, adaln_rank: int | None) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, patch * patch * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = modulation(width, 2 * width, adaln_rank)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(batch, tokens, width) to (batch, tokens, patch * patch * out_channels)."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulation(width: int, outputs: int, rank: int | None) -> nn.Sequential:
+    """What computes shifts, scales and gates from the condition: one linear layer, or a pair of low rank."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, outputs) if rank is None else LowRank(width, outputs, rank))
 
 
 class PatchEmbedder(nn.Module):

@@ -1,4 +1,6 @@
-"""Linear layers by the numbers they store: float, packed 8-bit integers here, and the kinds of int4.py and fp8.py.
+"""Linear layers by what they store: float numbers, packed 8-bit integers, two thin matrices for a large one.
+
+The kinds of packed layers are these and those of int4.py and fp8.py.
 
 Weights are symmetric per output channel, W ~ scale[:, None] * weight with weight in -127..127; activations, where they
 are integers too, symmetric per token ("LLM.int8()", arXiv 2208.07339, equation 4, without its outliers).
@@ -86,6 +88,23 @@ LINEARS: Mapping[str, type[PackedLinear]] = {"int8_weight_only": Int8WeightOnly,
                                              "int4_weight_only": Int4WeightOnly, "fp8_dynamic": Fp8Dynamic}
 """Kinds of packed linear layers, by the name that `DiTConfig.linears` gives; int4's has its groups after it, as in
 "int4_weight_only:128"."""
+
+
+class LowRank(nn.Module):
+    """Two linear layers that stand for one of low rank: x to `up`(`down`(x)), the bias in `up`.
+
+    It stores rank (in + out) weights for in x out.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.up(self.down(x))
+
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
