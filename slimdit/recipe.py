@@ -222,7 +222,8 @@ def rehearse(recipe: Recipe, target: Pipeline | DiTConfig) -> tuple[Pipeline, li
     witnesses: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, method in enumerate(recipe.methods, 1):
-            current = apply(method, current, Context(start, Path(folder) / str(number), witnesses=witnesses))
+            current = apply(method, current, Context(start, Path(folder) / str(number), rehearsal=True,
+                                                     witnesses=witnesses))
     if mismatch := config_mismatch(current.model):
         raise ValueError(f"recipe {recipe.name}: {mismatch}")
     plain = current.replace(runtime=replace(current.runtime, compile=False))

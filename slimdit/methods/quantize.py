@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
-from ..context import Context, require
+from ..context import Context, matching, require
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -55,7 +53,8 @@ class Quantize:
         require(not model.config.linears, f"quantize needs float weights, and {len(model.config.linears)} layers are "
                                           "packed already: quantize once, from the float model")
         names = packable_linears(model)
-        chosen = matching(self.layers, names, "layers") - matching(self.skip, names, "skip")
+        chosen = (matching(self.layers, names, "quantize: layers")
+                  - matching(self.skip, names, "quantize: skip"))
         kinds = {name: self.kind(name) for name in names if name in chosen}
         before = weight_bytes(model)
         pack_linears(model, kinds)
@@ -66,14 +65,3 @@ class Quantize:
     def kind(self, name: str) -> str:
         """The kind of layer that `models/linear.py` has for this one."""
         return KINDS[self.weights, None if MODULATION in name else self.activations]
-
-
-def matching(patterns: tuple[str, ...], names: list[str], option: str) -> set[str]:
-    """The names that any pattern matches; a pattern that matches none is refused."""
-    found = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        require(matched, f"quantize: {option} pattern {pattern!r} matches no linear layer that can be packed"
-                         + "".join(f"; the nearest is {near!r}" for near in get_close_matches(pattern, names, 1, 0)))
-        found |= matched
-    return found
