@@ -54,7 +54,7 @@ class Context:
 
     Attributes:
         teacher: the pipeline before the first method; never changed.
-        folder: where this method may write.
+        folder: where this method may write, in a folder of its own inside: the model comes to lie beside it.
         data: images to learn or calibrate from, where there are any.
         device: `"cpu"`, `"cuda"`, as the pipeline's own.
         rehearsal: whether this is the tiny twin's trial run, in which training takes a step or two and opens no data.

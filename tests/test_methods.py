@@ -9,6 +9,7 @@ import torch
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.finetune import Finetune
 from slimdit.methods.prune_weights import PruneWeights
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
@@ -26,6 +27,7 @@ EXAMPLES = {
     "reduce_steps": ReduceSteps(3, solver="dpmpp_2m"),
     "prune_weights": PruneWeights(sparsity=0.3),
     "prune_weights 2:4": PruneWeights(pattern="2:4", criterion="wanda", layers=("blocks.*.mlp.*",), images=8),
+    "finetune": Finetune(steps=2, batch=4, samples=4, alpha=0.5),
     "quantize weight-only": Quantize(),
     "quantize dynamic": Quantize(activations="int8"),
     "compile": Compile(),
@@ -35,6 +37,7 @@ EXAMPLES = {
 NEUTRAL = {
     "reduce_steps": ReduceSteps(STEPS),
     "prune_weights": PruneWeights(sparsity=0.0),
+    "finetune": Finetune(steps=0),
     "quantize": Quantize(skip=("*",)),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }

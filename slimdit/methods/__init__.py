@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from .compile import Compile
+from .finetune import Finetune
 from .prune_weights import PruneWeights
 from .quantize import Quantize
 from .reduce_steps import ReduceSteps
@@ -29,6 +30,7 @@ class Method(Protocol):
 METHODS: Mapping[str, type] = {
     "reduce_steps": ReduceSteps,
     "prune_weights": PruneWeights,
+    "finetune": Finetune,
     "quantize": Quantize,
     "compile": Compile,
 }

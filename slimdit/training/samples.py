@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..files import read_tensors, write_tensors
 from ..pipeline import Pipeline, Runtime
 from ..sampling.seeds import ImageNoise, image_labels
 from ..sampling.solvers import solve
@@ -31,6 +33,16 @@ class Samples:
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The images and labels of these indices; nothing about them is random."""
         return self.clean[indices], self.labels[indices]
+
+    def save(self, path: Path) -> None:
+        """Write them as a file of tensors."""
+        write_tensors(path, {"clean": self.clean, "labels": self.labels}, {"classes": str(self.classes)})
+
+    @classmethod
+    def load(cls, path: Path) -> Samples:
+        """What `save` wrote."""
+        tensors, metadata = read_tensors(path)
+        return cls(tensors["clean"], tensors["labels"], int(metadata["classes"]))
 
 
 @torch.no_grad()
