@@ -5,7 +5,7 @@
 Times one forward. The baseline is the compiled model in the machine's best float type, with the attention form that
 `Runtime(attention="auto")` takes; eager float32 is what papers compare with. Ours is `quantize(weights="int8",
 activations="int8")`, saved, loaded again and compiled. `ratio` is how many times faster ours (b) is than the other (a).
-Where `openvino` and `nncf` are installed (`pip install openvino nncf`), NNCF quantizes the same float model, timed in the
+Where `openvino` and `nncf` are installed (`pip install openvino nncf`), NNCF quantizes the same model, timed in the
 same process.
 
 Weights are random: `error` is numerical, relative to the float32 model's output, and says nothing of images.

@@ -132,7 +132,8 @@ def run(
 
     pipeline = _load(source, device, None, weights, heads, autoencoder)
     context = Context(teacher=pipeline, folder=folder, data=open_data(data) if data else None,
-                      device=str(pipeline.device), seed=seed)
+                      device=str(pipeline.device), seed=seed,
+                      report=lambda line: err.print(line, highlight=False, markup=False))
     made = room.run(chosen, pipeline, context, resume=resume)
     write_text(folder / "README.md", model_card(chosen.name, made.history, [], METRICS))
     if diffusers:

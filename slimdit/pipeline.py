@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -155,6 +156,15 @@ class Pipeline:
     def copy(self) -> Pipeline:
         """A pipeline that shares nothing that can change."""
         return replace(self, model=copy.deepcopy(self.model))
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the images but the autoencoder: weights, structure, settings."""
+        config = self.model.config.to_dict()
+        digest = sha256(repr((config, self.sampling, self.process, self.runtime)).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def to(self, device: str | torch.device) -> Pipeline:
         """The pipeline with its model and autoencoder on a device."""

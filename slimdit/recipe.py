@@ -16,7 +16,6 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -163,16 +162,14 @@ def run(recipe: Recipe, pipeline: Pipeline, context: Context, *, resume: bool = 
     """Apply a recipe to a copy of `pipeline`, which is not changed itself, and save the result in `context.folder`.
 
     After each method the folder gets another, such as `01-quantize`: the model so far, and in `done.json` the methods,
-    their options and what the last one changed. With `resume`, goes on after the last whole one. What the methods
-    changed is added to `context.witnesses`.
+    their options and what the last one changed. With `resume`, goes on after the last whole one; a method that trains
+    goes on by itself from what it left there. What the methods changed is added to `context.witnesses`.
 
     Raises:
         Refused: a method cannot be applied; the sentence says what to do instead.
         FileExistsError: the folder holds a run and `resume` is False.
         ValueError: the folder holds a run of another recipe, model or seed.
     """
-    from .formats import save
-
     start = _Start(fingerprint(pipeline), context.seed)
     current, done = pipeline.copy(), 0
     if any(context.folder.glob(f"*/{DONE}")):
@@ -184,7 +181,7 @@ def run(recipe: Recipe, pipeline: Pipeline, context: Context, *, resume: bool = 
         context.report(f"{number}/{len(recipe.methods)} {method_name(method)}")
         folder = _folder(context, number, method)
         current = apply(method, current, replace(context, teacher=pipeline, folder=folder))
-        save(current, folder)
+        _save_into(folder, current)
         write_json(folder / DONE, start.marker(recipe, number) | {"witness": context.witnesses[-1]})
     _save_result(current, recipe, context.folder)
     return current
@@ -262,15 +259,8 @@ def config_mismatch(model: DiT) -> str:
 
 
 def fingerprint(pipeline: Pipeline) -> str:
-    """A hash of everything that decides a pipeline's images but the autoencoder: weights, structure, settings."""
-    import torch
-
-    config = pipeline.model.config.to_dict()
-    digest = sha256(repr((config, pipeline.sampling, pipeline.process, pipeline.runtime)).encode())
-    for name, tensor in sorted(pipeline.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """A hash of everything that decides a pipeline's images but the autoencoder."""
+    return pipeline.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -310,10 +300,16 @@ def _resumed(recipe: Recipe, pipeline: Pipeline, context: Context, start: _Start
 
 def _save_result(pipeline: Pipeline, recipe: Recipe, folder: Path) -> None:
     """The model and its recipe in a folder that holds the states on the way as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.toml", recipe.to_toml())
+    _save_into(folder, pipeline)
+
+
+def _save_into(folder: Path, pipeline: Pipeline) -> None:
+    """A model in a folder that may hold other folders: the states on the way, or what a method wrote."""
     from .formats import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.toml", recipe.to_toml())
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
         save(pipeline, Path(beside) / "model")
         # The config last: a folder with one is a whole model.

@@ -97,7 +97,8 @@ def prepare(row: Row) -> None:
     from .recipe import run as run_recipe
 
     pipeline = baseline_pipeline(row)
-    context = Context(teacher=pipeline, folder=row.saved, device=row.device, seed=row.seed)
+    context = Context(teacher=pipeline, folder=row.saved, device=row.device, seed=row.seed,
+                      report=lambda line: tell(row, line, 0, 1))
     if row.recipe is not None:
         run_recipe(parse(row.recipe, row.name), pipeline, context, resume=True)
     else:

@@ -267,7 +267,7 @@ def pruned(linear: nn.Linear) -> Tensor:
 @torch.no_grad()
 def rounded(linear: nn.Linear, numbers: str) -> Tensor:
     """The weight as a packed layer of these numbers would mean it."""
-    return LINEARS[numbers + WEIGHT_ONLY].of(linear).dequantize()
+    return LINEARS[numbers + WEIGHT_ONLY].of(linear).dequantize()  # type: ignore[attr-defined]  # each kind has it
 
 
 def plain(found: Sensitivity) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def test_every_deployed_timestep_is_seen_with_its_guidance_halves(pipeline):
     calls = deployed_calls(pipeline, images=6, batch=2)
     assert sorted({int(call.t[0]) for call in calls}, reverse=True) == timesteps(pipeline.process, pipeline.sampling)
     for call in calls:
+        assert not call.x.requires_grad
         guided = call.t[0] <= 600
         assert len(call.x) == (4 if guided else 2)
         assert (call.y == CONFIG.classes).sum() == (2 if guided else 0)

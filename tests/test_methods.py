@@ -12,8 +12,10 @@ import torch
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.finetune import Finetune
 from slimdit.methods.low_rank_adaln import LowRankAdaln
 from slimdit.methods.prune_depth import PruneDepth
+from slimdit.methods.prune_weights import PruneWeights
 from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
@@ -30,6 +32,9 @@ STEPS = 8
 
 EXAMPLES = {
     "reduce_steps": ReduceSteps(3, solver="dpmpp_2m"),
+    "prune_weights": PruneWeights(sparsity=0.3),
+    "prune_weights 2:4": PruneWeights(pattern="2:4", criterion="wanda", layers=("blocks.*.mlp.*",), images=8),
+    "finetune": Finetune(steps=2, batch=4, samples=4, alpha=0.5),
     "quantize weight-only": Quantize(),
     "quantize dynamic": Quantize(activations="int8"),
     "quantize smooth": Quantize(activations="int8", smooth=0.5, images=2),
@@ -49,6 +54,8 @@ NEUTRAL = {
     "prune_width": PruneWidth(),
     "prune_depth": PruneDepth(keep=2),
     "low_rank_adaln": LowRankAdaln(rank=1.0),
+    "prune_weights": PruneWeights(sparsity=0.0),
+    "finetune": Finetune(steps=0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 

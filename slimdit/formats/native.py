@@ -1,4 +1,7 @@
-"""slimdit's own folder: `config.json` says what the model is, `model.safetensors` holds its weights as they are."""
+"""slimdit's own folder: `config.json` says what the model is, `model.safetensors` holds its weights as they are.
+
+Weights with many zeros are stored without them (`formats/sparse.py`); the config's `sparse` names those.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from ..pipeline import Pipeline, Runtime
 from ..sampling.process import NoiseProcess
 from ..sampling.solvers import Sampling
 from ..strict import build, nearest
+from . import sparse
 from .tensors import (
     LARGEST_DEPTH,
     FormatError,
@@ -25,6 +29,7 @@ from .tensors import (
     build_model,
     check_limits,
     check_tensors,
+    expected_tensors,
     read_json,
     read_safetensors,
     writing_folder,
@@ -51,10 +56,12 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
         raise FormatError(f"{where}: version {values.get('version')!r} is not {VERSION}, which this slimdit reads: "
                           f"update slimdit, or save the model again")
     config = model_config(values.get("model"), where)
-    options = pipeline_options(values, where, also={"format", "version", "model"})
+    options = pipeline_options(values, where, also={"format", "version", "model", "sparse"})
     stored = path / "model.safetensors"
     tensors = read_safetensors(stored)
     check_tensors(tensors, stored)
+    if "sparse" in values:
+        tensors = sparse.unpack(tensors, values["sparse"], expected_tensors(config, stored), stored)
     return Loaded(Pipeline(build_model(config, tensors, stored), **options))
 
 
@@ -69,10 +76,12 @@ def save(pipeline: Pipeline, folder: Path, *, dtype: StoredDtype | None = None) 
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise FormatError(f"weights are stored as float32 or bfloat16, not {dtype!r}")
+    tensors, names = sparse.pack(stored_tensors(pipeline, dtype))
     with writing_folder(folder) as beside:
-        write_tensors(beside / "model.safetensors", stored_tensors(pipeline, dtype), {"format": "pt"})
-        write_json(beside / "config.json", {"format": "slimdit", "version": VERSION,
-                                            "model": pipeline.model.config.to_dict(), **pipeline_values(pipeline)})
+        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
+        write_json(beside / "config.json", {
+            "format": "slimdit", "version": VERSION, "model": pipeline.model.config.to_dict(),
+            **({"sparse": names} if names else {}), **pipeline_values(pipeline)})
 
 
 def stored_tensors(pipeline: Pipeline, dtype: StoredDtype | None) -> dict[str, Tensor]:

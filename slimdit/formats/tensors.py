@@ -166,12 +166,7 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
     Raises:
         FormatError: a tensor is missing, unexpected, or of another shape or kind than the config says.
     """
-    check_limits(config, path)
-    try:
-        with torch.device("meta"):  # shapes only: the tensors of the file become the parameters, with no second copy
-            model = DiT(config)
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from error
+    model = empty_model(config, path)
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
@@ -193,6 +188,25 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
 def _aligned(tensor: Tensor) -> Tensor:
     """The tensor as PyTorch would place it: thin products sum in another order elsewhere, and a bit would differ."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def expected_tensors(config: DiTConfig, path: Path) -> dict[str, Tensor]:
+    """The tensors that a config asks for, without their values.
+
+    Raises:
+        FormatError: a size is beyond anything that fits, or the config names layers that the structure has not.
+    """
+    return empty_model(config, path).state_dict()
+
+
+def empty_model(config: DiTConfig, path: Path) -> DiT:
+    """The DiT of a config in shapes only: the tensors of a file become its parameters, with no second copy."""
+    check_limits(config, path)
+    try:
+        with torch.device("meta"):
+            return DiT(config)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from error
 
 
 def _list(what: str, names: list[str]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from .compile import Compile
+from .finetune import Finetune
 from .low_rank_adaln import LowRankAdaln
 from .prune_depth import PruneDepth
+from .prune_weights import PruneWeights
 from .prune_width import PruneWidth
 from .quantize import Quantize
 from .reduce_steps import ReduceSteps
@@ -33,6 +35,8 @@ METHODS: Mapping[str, type] = {
     "prune_width": PruneWidth,
     "low_rank_adaln": LowRankAdaln,
     "reduce_steps": ReduceSteps,
+    "prune_weights": PruneWeights,
+    "finetune": Finetune,
     "quantize": Quantize,
     "compile": Compile,
 }

@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def store(self, rounded: Rounded) -> None:
         """Hold these integers with their scales and zeros."""
-        raise NotImplementedError(f"{type(self).__name__} holds no integers")
+        raise TypeError(f"{type(self).__name__} holds no integers")
 
     def dequantize(self) -> Tensor:
         """The weights as the layer means them: float32, (out_features, in_features)."""

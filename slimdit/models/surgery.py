@@ -175,6 +175,25 @@ def put_modulation(model: DiT, block: int | None, pair: LowRank) -> None:
         _describe(model, block, adaln_rank=pair.down.out_features)
 
 
+@torch.no_grad()
+def zero_weights(model: nn.Module, removed: Mapping[str, Tensor]) -> None:
+    """Set weights of float linear layers to zero in place: by layer, where a mask of the weight's shape is true."""
+    for name, mask in removed.items():
+        model.get_submodule(name).get_parameter("weight").masked_fill_(mask, 0)  # a product could give -0.0
+
+
+@torch.no_grad()
+def pruned_weights(model: nn.Module, least: float = 0.1) -> dict[str, Tensor]:
+    """Where the weights of float linear layers were pruned to zero: by layer, a mask of the weight's shape.
+
+    Args:
+        least: share of zeros above which a layer counts as pruned. One that is zero throughout does not: that is a
+            layer which has yet to learn (adaLN-Zero), not a pruned one.
+    """
+    masks = {name: module.weight == 0 for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: mask for name, mask in masks.items() if least * mask.numel() < int(mask.sum()) < mask.numel()}
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of everything a saved model stores."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -35,6 +35,7 @@ class Call:
     y: Tensor  # (batch,)
 
 
+@torch.no_grad()  # or every kept input would hold on to the run before it
 def deployed_calls(pipeline: Pipeline, *, images: int = 32, batch: int = 8, seed: int = 0) -> list[Call]:
     """Calls of the pipeline's own sampling runs in float32, every timestep it visits once or more.
 

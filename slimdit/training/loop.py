@@ -136,14 +136,46 @@ def denoising_loss(process: NoiseProcess, weighting: LossWeighting = "none") -> 
     return loss
 
 
+def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weighting: LossWeighting = "none") -> Loss:
+    """(1 - alpha) DiT's own loss + alpha times the squared distance of all outputs from the teacher's.
+
+    Both see the same noise, timestep and dropped labels (output distillation, arXiv 1503.02531, for a regression).
+    """
+    own = denoising_loss(process, weighting)
+    if alpha == 0:
+        return own
+
+    def loss(model: Denoise, batch: Batch) -> Tensor:
+        noisy = process.add_noise(batch.clean, batch.noise, batch.t)
+        with torch.no_grad():
+            expected = teacher(noisy, batch.t, batch.labels)
+        answer = model(noisy, batch.t, batch.labels)
+        distance = (answer - expected).square().flatten(1).mean(1)
+        if alpha == 1:
+            return distance
+        return alpha * distance + (1 - alpha) * own(lambda x, t, y: answer, batch)
+
+    return loss
+
+
+Check = Callable[[DiT, int], bool]
+"""(model with its averaged weights, steps done) to whether training has been long enough."""
+
+
 def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfig, folder: Path, *,
           loss: Loss | None = None, resume: bool = False, device: str | None = None,
-          report: Callable[[Progress], None] = lambda progress: None) -> DiT:
+          report: Callable[[Progress], None] = lambda progress: None,
+          project: Callable[[DiT], None] | None = None, check: Check | None = None) -> DiT:
     """Train `model` in place and return it with its averaged (EMA) weights.
 
     Writes `folder/checkpoint.safetensors` every `checkpoint_every` steps, atomically, and `folder/curve.jsonl`, a line
     per report. With `resume`, goes on from the checkpoint; the result is that of an uninterrupted run, bit for bit, on
     the same machine and number of processes. Ctrl-C ends the step, writes a checkpoint and is then raised.
+
+    Args:
+        project: called after every step to put the weights back where they may be, such as pruned ones at zero.
+        check: called before every `checkpoint_every`th step's checkpoint and the last one's; True ends training. A
+            resumed run may ask again about a step that it was asked about before, and must be answered alike.
 
     Raises:
         ValueError: the data does not fit the model, the checkpoint belongs to another configuration, or the loss or a
@@ -186,6 +218,8 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
             stepper.step()
             stepper.zero_grad()
+            if project is not None:
+                project(model)
             state.average(step)
             losses.append(value.detach())
 
@@ -200,14 +234,19 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
                     append_line(curve, asdict(progress))
                     report(progress)
                 began, since, losses = time.monotonic(), done, []
-            stopping = interrupted()
-            if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+            stopping, enough = interrupted(), False
+            due = done % config.checkpoint_every == 0 or done == config.steps
+            if due or stopping:
                 require_finite(state.is_finite(), "a weight is not a finite number", done, checkpoint)
+                if due and check is not None:
+                    enough = state.ask(check, done)
                 if accelerator.is_main_process:
                     state.save(checkpoint, done)
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}: add --resume to go on from "
                                         f"{checkpoint}")
+            if enough:
+                break
     accelerator.wait_for_everyone()
     state.take_average()
     return model.eval()
@@ -236,6 +275,18 @@ class TrainState:
         """Give the model its averaged weights."""
         for name, p in self.parameters.items():
             p.copy_(self.ema[name])
+
+    def ask(self, check: Check, step: int) -> bool:
+        """What `check` says of the averaged weights; training goes on with its own."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.take_average()
+        try:
+            return check(self.model.eval(), step)
+        finally:
+            self.model.train()
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(own[name])
 
     def save(self, path: Path, step: int) -> None:
         """Write everything a resumed run needs, atomically."""
