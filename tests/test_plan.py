@@ -16,8 +16,12 @@ BASES = Path(__file__).parents[1] / "results" / "bases"
 def test_committed_plans_read(path: Path) -> None:
     plan = read_plan(path)
     assert plan.name == path.parent.name
-    assert plan.training.steps * plan.training.batch >= 3_000_000
     assert plan.model.config((1, 32, 32), 10).tokens == 64
+
+
+def test_the_bundled_model_saw_three_million_images() -> None:
+    training = read_plan(BASES / "bundled" / "training.toml").training
+    assert training.steps * training.batch >= 3_000_000
 
 
 def test_a_preset_or_a_shape_but_not_both() -> None:
