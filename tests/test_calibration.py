@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from slimdit.models.dit import DiT, uniform
-from slimdit.models.surgery import keep_blocks
 from slimdit.pipeline import Pipeline
 from slimdit.sampling.solvers import Sampling, timesteps
 from slimdit.training.calibration import (
@@ -13,10 +12,8 @@ from slimdit.training.calibration import (
     deployed_calls,
     described,
     gate_sizes,
-    gated,
     hessians,
     layer_inputs,
-    loss_batches,
     output_error,
     outputs,
 )
@@ -90,28 +87,6 @@ def test_output_error_is_relative_and_zero_for_the_model_itself(pipeline):
 def test_counts_below_one_are_refused(pipeline):
     with pytest.raises(ValueError, match="at least 1, not 0 and 8"):
         deployed_calls(pipeline, images=0)
-
-
-def test_loss_batches_are_of_deployed_timesteps_spread_over_each_images_draws(pipeline):
-    batches = loss_batches(pipeline, images=3, batch=2, draws=3, seed=1)
-    visited = timesteps(pipeline.process, pipeline.sampling)
-    assert [len(batch.clean) for batch in batches] == [2, 2, 2, 1, 1, 1]
-    for draw, batch in enumerate(batches[:3]):
-        assert set(batch.t.tolist()) <= set(visited[2 * draw:2 * draw + 2])  # 6 timesteps, 3 draws
-    again = loss_batches(pipeline, images=3, batch=2, draws=3, seed=1)
-    assert all(torch.equal(one.clean, other.clean) and torch.equal(one.noise, other.noise)
-               for one, other in zip(batches, again))
-    assert not torch.equal(batches[0].clean, loss_batches(pipeline, images=3, batch=2, draws=3, seed=2)[0].clean)
-
-
-def test_gates_of_one_are_the_model_and_of_zero_leave_the_block_out(pipeline):
-    (call, *_), model = deployed_calls(pipeline, images=2, batch=2), pipeline.model
-    with gated(model, torch.ones(2)):
-        torch.testing.assert_close(model(call.x, call.t, call.y), pipeline.model(call.x, call.t, call.y))
-    with gated(model, torch.tensor([1.0, 0.0])):
-        without = model(call.x, call.t, call.y)
-    keep_blocks(model, [0])
-    torch.testing.assert_close(without, model(call.x, call.t, call.y))
 
 
 def test_gate_sizes_are_the_means_that_adaln_gives(pipeline):

@@ -18,7 +18,7 @@ from slimdit.models.dit import DiT, preset, twin, uniform
 from slimdit.pipeline import Pipeline
 from slimdit.recipe import Recipe, apply, config_mismatch, rehearse
 from slimdit.sampling.solvers import Sampling
-from slimdit.training.calibration import gated, loss_batches, noise_loss
+from slimdit.training.gradients import gated, loss_batches, noise_loss
 
 from .test_methods import SMALL, apply_once, small_pipeline
 

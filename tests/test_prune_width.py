@@ -71,7 +71,7 @@ def test_a_silent_branch_matters_less_through_its_gate(tmp_path):
 def test_taylor_is_the_loss_without_the_unit_to_first_order():
     """Its score is the slope of the loss as a unit is turned down, measured here by turning it down a little."""
     from slimdit.methods.prune_width import branches, taylor
-    from slimdit.training.calibration import loss_batches, noise_loss
+    from slimdit.training.gradients import loss_batches, noise_loss
 
     pipeline = small_pipeline()
     score, _ = taylor(branches(pipeline.model, "mlp"), pipeline, Context(pipeline, Path()), 2, 0)

@@ -90,7 +90,8 @@ def greedy(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) 
     """One block after the other goes: the one without which the output on deployed calls changes least."""
     import torch
 
-    from ..training.calibration import deployed_calls, gated, output_error, outputs
+    from ..training.calibration import deployed_calls, output_error, outputs
+    from ..training.gradients import gated
 
     model = pipeline.model
     calls = deployed_calls(pipeline, images=method.images, seed=method.seed)
@@ -113,7 +114,7 @@ def taylor(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) 
     """The blocks whose gate the loss is steepest in: |d loss / d gate| at 1, averaged over batches of all timesteps."""
     import torch
 
-    from ..training.calibration import gated, loss_batches, loss_gradients
+    from ..training.gradients import gated, loss_batches, loss_gradients
 
     model = pipeline.model
     batches = loss_batches(pipeline, context.data, images=method.images, seed=method.seed)
@@ -125,7 +126,7 @@ def taylor(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) 
 
 def learned(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) -> list[int]:
     """The blocks with the highest learned scores."""
-    from ..training.calibration import learned_scores, loss_batches
+    from ..training.gradients import learned_scores, loss_batches
 
     batches = loss_batches(pipeline, context.data, images=method.images, seed=method.seed)
     scores = learned_scores(pipeline.model, pipeline.process, batches, keep, steps=method.steps, seed=method.seed)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Criterion = Literal["magnitude", "wanda", "taylor"]
 Scope = Literal["layer", "global"]
+REHEARSED = 2  # images on the twin, where no number means anything
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PruneWeights:
             over all chosen layers.
         layers: patterns of module names. The default leaves adaLN, the embedders and the final layer as they are.
         skip: patterns of module names to leave out of those.
-        images: how many images the criteria `"wanda"` and `"taylor"` look at, 8 or more.
+        images: how many images the criteria `"wanda"` and `"taylor"` look at.
 
     Raises:
         ValueError: a value is out of its range, or two do not go together.
@@ -58,8 +59,8 @@ class PruneWeights:
                                  f"{', '.join(get_args(kind))}")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"prune_weights: sparsity must be in 0..1 (1 excluded), not {self.sparsity}")
-        if self.images < STRATA:
-            raise ValueError(f"prune_weights: images must be at least {STRATA}, not {self.images}")
+        if self.images < 1:
+            raise ValueError(f"prune_weights: images must be at least 1, not {self.images}")
         group = self.group  # refuses what is no pattern
         if group and self.sparsity not in (None, 1 - group[0] / group[1]):
             raise ValueError(f"prune_weights: the pattern {self.pattern} removes {1 - group[0] / group[1]:.4g} of the "
@@ -113,7 +114,7 @@ class PruneWeights:
         """How much each weight matters, by layer: float32, of the weight's shape."""
         weights = {name: pipeline.model.get_submodule(name).get_parameter("weight").detach().abs().float()
                    for name in names}
-        images = STRATA if context.rehearsal else self.images
+        images = REHEARSED if context.rehearsal else self.images
         if self.criterion == "magnitude":
             return weights
         if self.criterion == "wanda":
@@ -137,9 +138,6 @@ class PruneWeights:
         return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts)}
 
 
-STRATA = 8  # of the timesteps, whose gradients are taken apart
-
-
 def input_norms(pipeline: Pipeline, names: list[str], images: int, seed: int) -> dict[str, Tensor]:
     """The L2 norm of every input feature over the deployed calls, by layer: (in_features,)."""
     import torch
@@ -156,15 +154,15 @@ def input_norms(pipeline: Pipeline, names: list[str], images: int, seed: int) ->
 
 
 def gradient_sizes(pipeline: Pipeline, context: Context, names: list[str], images: int) -> dict[str, Tensor]:
-    """The size of the loss's gradient, averaged over strata of the timesteps, by layer: of the weight's shape."""
-    from ..training.gradients import loss_gradients
+    """The size of the loss's gradient, averaged over all deployed timesteps, by layer: of the weight's shape."""
+    from ..training.gradients import loss_batches, loss_gradients
 
-    weights = [f"{name}.weight" for name in names]
-    strata = loss_gradients(pipeline, weights, context.data, images=images, strata=STRATA, seed=context.seed)
+    weights = [pipeline.model.get_submodule(name).get_parameter("weight") for name in names]
+    batches = loss_batches(pipeline, context.data, images=images, seed=context.seed)
     total: dict[str, Tensor] = {}
-    for gradients in strata:
-        for name, weight in zip(names, weights):
-            size = gradients[weight].abs().float() / STRATA
+    for gradients in loss_gradients(pipeline.model, pipeline.process, batches, weights):
+        for name, gradient in zip(names, gradients):
+            size = gradient.abs().float() / len(batches)
             total[name] = total[name] + size if name in total else size
     return total
 

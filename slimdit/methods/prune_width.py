@@ -209,7 +209,7 @@ def taylor(ranked: list[Branch], pipeline: Pipeline, context: Context, images: i
     The sum is the slope of the loss as the part is turned down, so its size is to first order the loss's change without
     it (arXiv 1906.10771). Slopes of opposite sign would cancel over timesteps: their sizes are averaged.
     """
-    from ..training.calibration import loss_batches, loss_gradients
+    from ..training.gradients import loss_batches, loss_gradients
 
     weights = [branch.writes.weight for branch in ranked]
     batches = loss_batches(pipeline, context.data, images=images, seed=seed)
