@@ -101,7 +101,7 @@ def test_check_run_and_reload(tiny_model: Path, tmp_path: Path) -> None:
     answer("run", "int8-weight-only", "--model", tiny_model, "--out", tmp_path / "int8")
     told = answer("inspect", tmp_path / "int8")
     assert told["history"] == [{"quantize": {"weights": "int8", "rounding": "nearest", "protect": list(PROTECTED),
-                                             "images": 32}}]
+                                             "images": 32, "spare": 0.3}}]
     assert (tmp_path / "int8" / "recipe.toml").exists()
     assert told["methods"]["quantize"] != "yes"
     assert "quantize" in sentence("run", "int8-dynamic", "--model", tmp_path / "int8", "--out", tmp_path / "x", code=3)

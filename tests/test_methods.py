@@ -3,12 +3,15 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from slimdit.allocation import Sensitivity
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
@@ -80,6 +83,14 @@ def apply_once(method, pipeline, tmp_path):
     return apply(method, pipeline.copy(), context), context.witnesses[0]
 
 
+def sensitivity_file(folder, errors):
+    """A finished file of `slimdit sensitivity` with these total errors per layer."""
+    path = folder / "sensitivity.json"
+    Sensitivity(model="m", fingerprint="f", settings={"perturb": "int8"}, bins=((999, 0),), layers=tuple(errors),
+                errors={name: (error,) for name, error in errors.items()}, totals=errors, provenance={}).write(path)
+    return path
+
+
 def test_every_method_is_under_this_contract():
     assert {type(method) for method in EXAMPLES.values()} == set(METHODS.values())
     assert set(NEUTRAL) == set(METHODS)
@@ -122,6 +133,29 @@ def test_run_leaves_the_callers_pipeline_alone_and_its_result_reloads_to_the_bit
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 3])
     assert torch.equal(reloaded.model.eval()(x, t, y), result.model.eval()(x, t, y))
     assert (images(reloaded) == images(result)).all()
+
+
+RELOADED = """
+import sys, torch
+from pathlib import Path
+from slimdit.formats import load
+x, t, y = torch.load(Path(sys.argv[1]) / "inputs.pt", weights_only=True)
+for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model, expected = load(folder).model.eval(), torch.load(folder / "outputs.pt", weights_only=True)
+    print(folder.name, torch.equal(model(x, t, y), expected))
+"""
+
+
+def test_a_fresh_process_reloads_every_methods_model_to_the_bit(tmp_path):
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 3])
+    torch.save(inputs, tmp_path / "inputs.pt")
+    for name, method in EXAMPLES.items():
+        folder, pipeline = tmp_path / name, small_pipeline()
+        result = run(Recipe("one", (method,)), pipeline, Context(pipeline, folder))
+        with torch.no_grad():
+            torch.save(result.model.eval()(*inputs), folder / "outputs.pt")
+    told = subprocess.run([sys.executable, "-c", RELOADED, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [f"{name} True" for name in sorted(EXAMPLES)]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -208,6 +242,23 @@ class TestQuantize:
         assert {"t_embedder.mlp.0", "final_layer.adaLN_modulation.1"} < set(changed.model.config.linears)
         assert images(changed).std() > 0
 
+    def test_the_layers_that_err_most_become_one_kind_finer(self, tmp_path):
+        errors = {f"blocks.{block}.{layer}": 1.0 for block in range(2)
+                  for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+        errors |= {"blocks.1.mlp.fc1": 8.0, "blocks.0.attn.qkv": 4.0, "blocks.0.adaLN_modulation.1": 99.0}
+        path = str(sensitivity_file(tmp_path, errors))
+        worst = ["blocks.1.mlp.fc1", "blocks.0.attn.qkv"]  # adaLN is spared already
+        for method, finer in ((Quantize(activations="int8", sensitivity=path, spare=0.6), "int8_weight_only"),
+                              (Quantize(weights="int4", sensitivity=path, spare=0.6), "int8_weight_only"),
+                              (Quantize(sensitivity=path, spare=0.6), None)):
+            changed, witness = apply_once(method, small_pipeline(), tmp_path)
+            assert witness["layers_spared"] == worst
+            assert all(changed.model.config.linears.get(name) == finer for name in worst)
+            assert changed.model.config.linears["blocks.0.mlp.fc1"] == method.coarse_kind
+        del errors["blocks.0.mlp.fc2"]
+        with pytest.raises(Refused, match=r"says nothing of 'blocks\.0\.mlp\.fc2': measure this model with"):
+            apply_once(Quantize(sensitivity=str(sensitivity_file(tmp_path, errors))), small_pipeline(), tmp_path)
+
     def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(self, tmp_path):
         with pytest.raises(Refused, match=r"protect pattern 'blocks.1.mlp.fc3: int8' .* nearest is 'blocks.1.mlp.fc"):
             apply_once(Quantize(protect=("blocks.1.mlp.fc3: int8",)), small_pipeline(), tmp_path)
@@ -223,6 +274,7 @@ class TestQuantize:
         ({"weights": "fp8"}, '"fp8" with "fp8"'),
         ({"rounding": "hqq"}, "'hqq' does not go with int8; use one of nearest, gptq"),
         ({"group": 64}, "only int4 has groups"), ({"weights": "int4", "group": 0}, "above 0"),
+        ({"spare": 1.5}, "spare 1.5 is outside 0..1"),
         ({"smooth": 1.5}, "smooth 1.5 is outside 0..1"), ({"images": 0}, "images must be at least 1"),
         ({"protect": ("blocks.*: int4",)}, "'blocks.*: int4' must be a pattern of names, alone or followed")])
     def test_bad_options_are_refused_at_once(self, options, sentence):

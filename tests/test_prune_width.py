@@ -21,7 +21,7 @@ from slimdit.recipe import Recipe, config_mismatch, rehearse
 from slimdit.sampling.solvers import Sampling
 from slimdit.training.data import ArrayImages
 
-from .test_methods import SMALL, apply_once, small_pipeline
+from .test_methods import SMALL, apply_once, sensitivity_file, small_pipeline
 
 CRITERIA = ("taylor", "activation", "magnitude")
 shares = st.floats(0.01, 1)
@@ -144,7 +144,7 @@ def test_every_block_keeps_a_head_and_a_multiple_of_units(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_the_best_stay_in_whole_grains_near_the_share(lists, share, grain, scope):
     scores = [torch.tensor(one, dtype=torch.float64) for one in lists]
-    kept = best(scores, share, [grain] * len(scores), scope)
+    kept = best(scores, [share] * len(scores), [grain] * len(scores), scope)
     for one, stays in zip(scores, kept):
         assert stays == sorted(set(stays)) and stays
         assert len(stays) % grain == 0 or len(stays) == len(one)
@@ -178,10 +178,30 @@ def test_any_share_on_any_presets_twin_runs_and_reloads(size, mlp, heads, criter
     ({"mlp": True}, "mlp is the share"), ({"mlp": float("nan")}, "mlp is the share"),
     ({"mlp": 0.5, "macs": 0.5}, "give either it or them"),
     ({"criterion": "l1"}, "criterion 'l1' is unknown; use taylor"), ({"scope": "layer"}, "scope 'layer' is unknown"),
+    ({"scope": "global", "sensitivity": "s"}, "use scope = \"block\" with it"),
     ({"multiple": 0}, "multiple must be at least 1"), ({"images": 0}, "images must be at least 1")])
 def test_bad_options_are_refused_at_once(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         PruneWidth(**options)
+
+
+def test_blocks_that_err_more_when_perturbed_keep_more(tmp_path):
+    errors = {"blocks.0.mlp.fc1": 4.0, "blocks.0.mlp.fc2": 4.0, "blocks.1.mlp.fc1": 1.0, "blocks.1.mlp.fc2": 1.0}
+    method = PruneWidth(mlp=0.5, multiple=4, sensitivity=str(sensitivity_file(tmp_path, errors)))
+    changed, _ = apply_once(method, small_pipeline(), tmp_path)
+    first, second = (block.mlp_width for block in changed.model.config.blocks)
+    before = small_pipeline().model.config.blocks[0].mlp_width
+    assert first > second and first + second == before
+
+
+def test_the_sensitivity_of_another_model_is_refused(tmp_path):
+    other = sensitivity_file(tmp_path, {f"blocks.{block}.mlp.fc1": 1.0 for block in range(3)})
+    with pytest.raises(Refused, match="of a model of 3 blocks, and this one has 2: measure it"):
+        apply_once(PruneWidth(mlp=0.5, sensitivity=str(other)), small_pipeline(), tmp_path)
+    with pytest.raises(Refused, match="matches no layer of a block"):
+        apply_once(PruneWidth(heads=0.5, sensitivity=str(other)), small_pipeline(), tmp_path)
+    with pytest.raises(Refused, match=r"none\.json does not exist: make it with `slimdit sensitivity"):
+        apply_once(PruneWidth(mlp=0.5, sensitivity=str(tmp_path / "none.json")), small_pipeline(), tmp_path)
 
 
 def test_packed_layers_are_refused_with_the_order_that_works(tmp_path):

@@ -7,11 +7,11 @@ weights and the activations they meet, arXiv 2306.11695.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..context import Context, require
+from ..context import Context, Refused, measured_errors, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +37,8 @@ class PruneWidth:
             (first order); `"activation"`, its outgoing weights times what they meet while sampling; `"magnitude"`, its
             weights. The last two are weighed by the mean |gate| of their branch, which Taylor's gradient has passed.
         scope: `"block"` cuts every block to the same share, `"global"` ranks units (and heads) of all blocks together.
+        sensitivity: file or folder that `slimdit sensitivity` wrote for the model as it is here, or None. Blocks then
+            keep more the more error their MLP, or their attention, was measured to cause, and the share on average.
         multiple: MLPs wider than this keep a multiple of it, as kernels like; a head stays whole.
         images: images to calibrate on, for the first two criteria.
         seed: of their noise.
@@ -50,6 +52,7 @@ class PruneWidth:
     macs: float | None = None
     criterion: Literal["taylor", "activation", "magnitude"] = "taylor"
     scope: Literal["block", "global"] = "block"
+    sensitivity: str | None = None
     multiple: int = 16
     images: int = 16
     seed: int = 0
@@ -64,6 +67,9 @@ class PruneWidth:
         for name, known in (("criterion", CRITERIA), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"prune_width: {name} {getattr(self, name)!r} is unknown; use {', '.join(known)}")
+        if self.sensitivity and self.scope == "global":
+            raise ValueError('prune_width: sensitivity says how much each block keeps, and so does a ranking over all '
+                             'blocks: use scope = "block" with it')
         for name in ("multiple", "images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"prune_width: {name} must be at least 1, not {getattr(self, name)}")
@@ -94,11 +100,14 @@ class PruneWidth:
         scores = importance(self, [*mlps, *attentions], pipeline, context)
         grains = [self.multiple if branch.parts > self.multiple else 1 for branch in mlps]
 
+        errors = {} if context.rehearsal else measured_errors("prune_width", self.sensitivity)
+
         def units(share: float) -> Kept:
-            return best(scores[:len(mlps)], share, grains, self.scope)
+            return best(scores[:len(mlps)], shares(errors, "*.mlp.*", share, len(mlps)), grains, self.scope)
 
         def heads(share: float) -> Kept:
-            return best(scores[len(mlps):], share, [1] * len(attentions), self.scope)
+            return best(scores[len(mlps):], shares(errors, "*.attn.*", share, len(attentions)), [1] * len(attentions),
+                        self.scope)
 
         def macs(some_units: Kept, some_heads: Kept) -> int:
             return block_macs(config, [len(kept) for kept in some_units], [len(kept) for kept in some_heads])
@@ -226,23 +235,39 @@ def column_squares(linear: nn.Linear) -> Tensor:
     return linear.weight.detach().double().square().sum(0)
 
 
-def best(scores: Sequence[Tensor], share: float, grains: Sequence[int], scope: str) -> Kept:
+def shares(errors: Mapping[str, float], among: str, share: float, blocks: int) -> list[float]:
+    """What each block keeps so that all keep a share: equally much where no errors were measured."""
+    from ..allocation import keep_ratios
+
+    if not errors or not 0 < share < 1:
+        return [share] * blocks
+    try:
+        kept = keep_ratios(errors, share, among)
+    except ValueError as error:
+        raise Refused(f"prune_width: sensitivity: {error}") from error
+    require(kept.keys() == {f"blocks.{number}" for number in range(blocks)},
+            f"prune_width: the sensitivity is of a model of {len(kept)} blocks, and this one has {blocks}: measure it "
+            "with `slimdit sensitivity MODEL --perturb prune`")
+    return [kept[f"blocks.{number}"] for number in range(blocks)]
+
+
+def best(scores: Sequence[Tensor], shares: Sequence[float], grains: Sequence[int], scope: str) -> Kept:
     """What stays of each block: the best of its own, or the best of all blocks together, in whole grains.
 
     Every block keeps its best grain. Then grains are added by their mean score, best first, as long as that brings the
-    number that stays nearer to the share.
+    number that stays nearer to the share. Of all blocks together there is one share: the first.
     """
     import torch
 
     if scope == "block":
-        return [best([one], share, [grain], "global")[0] for one, grain in zip(scores, grains)]
+        return [best([one], [share], [grain], "global")[0] for one, share, grain in zip(scores, shares, grains)]
     pieces = [one.argsort(descending=True, stable=True).split(grain) for one, grain in zip(scores, grains)]
     kept = [1] * len(pieces)  # grains of each block, its best first
     count = sum(len(piece[0]) for piece in pieces)
     others = [(float(scores[block][grain].mean()), block, len(grain))
               for block, piece in enumerate(pieces) for grain in piece[1:]]
     for _, block, size in sorted(others, key=lambda entry: -entry[0]):
-        if count + size / 2 > share * sum(map(len, scores)):
+        if count + size / 2 > shares[0] * sum(map(len, scores)):
             break
         kept[block] += 1
         count += size

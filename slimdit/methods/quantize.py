@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..context import Context, require
+from ..context import Context, measured_errors, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ ROUNDINGS = {"int8": ("nearest", "gptq"), "int4": ("nearest", "hqq", "gptq"), "f
 GROUP, SMALLEST_GROUP = 128, 16
 SMALLEST_FACTOR = 1e-3
 PROTECTED = ("t_embedder.*", "final_layer.*", "*adaLN_modulation*: int8")
+FINER = {"int4_weight_only": "int8_weight_only", "int8_dynamic": "int8_weight_only"}
 KEPT_AS = {"": None, "int8": "int8_weight_only"}  # what a protected layer is stored as, by what follows the pattern
 
 
@@ -53,6 +54,10 @@ class Quantize:
             once per image or not at all in most of the time, and amplifies errors: the embedding of the timestep, the
             final layer, and, with int8 weights because it is a third of the bytes, adaLN. `[]` spares nothing.
         images: how many sampled images to calibrate on, where rounding or smoothing needs it.
+        sensitivity: file or folder that `slimdit sensitivity` wrote for the model as it is here, or None. The fewest
+            layers that cause the share `spare` of its errors then become one kind finer than the others: int8 weights
+            multiplied in float instead of int4 weights or int8 activations, and float instead of int8 weights.
+        spare: that share.
 
     Raises:
         ValueError: an option, or the two kinds of number together, are not supported.
@@ -65,6 +70,8 @@ class Quantize:
     smooth: float | None = None
     protect: tuple[str, ...] = PROTECTED
     images: int = 32
+    sensitivity: str | None = None
+    spare: float = 0.3
 
     def __post_init__(self) -> None:
         if (self.weights, self.activations) not in KINDS:
@@ -81,6 +88,8 @@ class Quantize:
             raise ValueError(f"quantize: smooth {self.smooth!r} is outside 0..1")
         if self.images < 1:
             raise ValueError(f"quantize: images must be at least 1 to calibrate on, not {self.images}")
+        if not 0 <= self.spare <= 1:
+            raise ValueError(f"quantize: spare {self.spare!r} is outside 0..1")
         for pattern in self.protect:
             if split(pattern)[1] not in KEPT_AS:
                 raise ValueError(f"quantize: protect pattern {pattern!r} must be a pattern of names, alone or followed "
@@ -96,8 +105,11 @@ class Quantize:
         if self.weights == "fp8":
             require_float8(context)
         names = packable_linears(model)
-        kinds = {name: kind for name in names if (kind := self.kind(name)) is not None}
         self.require_patterns(names)
+        spared = self.most_sensitive(names, context)
+        finer = FINER.get(self.coarse_kind.partition(":")[0])
+        wanted = {name: finer if name in spared else self.kind(name) for name in names}
+        kinds = {name: kind for name, kind in wanted.items() if kind is not None}
         if not context.rehearsal:  # the twin's rows are of other lengths
             self.require_groups(model, kinds)
         before, calibrated = weight_bytes(model), {}
@@ -106,7 +118,8 @@ class Quantize:
         else:
             self.pack(model, kinds)
         context.witness(layers=dict(Counter(kinds.values())), layers_left_float=len(names) - len(kinds),
-                        bytes_before=before, bytes_after=weight_bytes(model), rounding=self.rounding, **calibrated)
+                        layers_spared=spared, bytes_before=before, bytes_after=weight_bytes(model),
+                        rounding=self.rounding, **calibrated)
         return pipeline.replace(model=model)
 
     def kind(self, name: str) -> str | None:
@@ -114,8 +127,26 @@ class Quantize:
         for pattern, kept in map(split, self.protect):
             if fnmatchcase(name, pattern):
                 return KEPT_AS[kept]
+        return self.coarse_kind
+
+    @property
+    def coarse_kind(self) -> str:
+        """The kind of the layers that nothing spares."""
         kind = KINDS[self.weights, self.activations]
         return f"{kind}:{self.group or GROUP}" if self.weights == "int4" else kind
+
+    def most_sensitive(self, names: list[str], context: Context) -> list[str]:
+        """The layers among those of the coarsest kind that cause most of the measured error, the worst first."""
+        from ..allocation import protected
+
+        errors = measured_errors("quantize", self.sensitivity)
+        if context.rehearsal or not errors:  # the twin has other layers
+            return []
+        coarse = [name for name in names if not any(fnmatchcase(name, split(pattern)[0]) for pattern in self.protect)]
+        missing = [name for name in coarse if name not in errors]
+        require(not missing, f"quantize: {self.sensitivity} says nothing of {''.join(missing[:1])!r}: measure this "
+                             "model with `slimdit sensitivity MODEL --perturb int8`")
+        return protected({name: errors[name] for name in coarse}, self.spare)
 
     def require_patterns(self, names: list[str]) -> None:
         """Refuse a pattern that spares nothing: a slip of the pen would go unseen."""
