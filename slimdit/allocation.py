@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .context import Refused
 from .files import write_json
 from .strict import build
 
@@ -105,6 +106,18 @@ def read_sensitivity(path: str | Path, expected: Iterable[str] = ()) -> dict[str
         raise ValueError(f"{path} says nothing of {foreign[0]!r}: it is of another model, or of the perturbation "
                          f"{found.settings.get('perturb')!r}, which is of other layers; measure this model's")
     return {name: found.totals[name] for name in found.layers}
+
+
+def measured_errors(method: str, path: str | None) -> dict[str, float]:
+    """`read_sensitivity` for the option `sensitivity` of a method: no file has no errors, and a bad one is refused.
+
+    Raises:
+        Refused: the file is missing, damaged or unfinished.
+    """
+    try:
+        return read_sensitivity(path) if path else {}
+    except (OSError, ValueError) as error:
+        raise Refused(f"{method}: sensitivity: {error}") from error
 
 
 def protected(sensitivity: Mapping[str, float], share: float) -> list[str]:

@@ -48,20 +48,6 @@ def matching(patterns: tuple[str, ...], names: list[str], where: str) -> set[str
     return found
 
 
-def measured_errors(method: str, path: str | None) -> dict[str, float]:
-    """The error of every layer that `slimdit sensitivity` wrote to a file or folder; of no file, none.
-
-    Raises:
-        Refused: the file is missing, damaged or unfinished; `method` is whose option it is.
-    """
-    from .allocation import read_sensitivity
-
-    try:
-        return read_sensitivity(path) if path else {}
-    except (OSError, ValueError) as error:
-        raise Refused(f"{method}: sensitivity: {error}") from error
-
-
 @dataclass(frozen=True)
 class Context:
     """What a method may use.

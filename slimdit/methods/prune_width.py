@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..context import Context, Refused, measured_errors, require
+from ..allocation import measured_errors
+from ..context import Context, Refused, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

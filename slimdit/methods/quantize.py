@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..context import Context, measured_errors, require
+from ..context import Context, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ class Quantize:
 
     def most_sensitive(self, names: list[str], context: Context) -> list[str]:
         """The layers among those of the coarsest kind that cause most of the measured error, the worst first."""
-        from ..allocation import protected
+        from ..allocation import measured_errors, protected
 
         errors = measured_errors("quantize", self.sensitivity)
         if context.rehearsal or not errors:  # the twin has other layers
