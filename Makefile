@@ -17,10 +17,10 @@ export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench methods tables clean
+.PHONY: help install demo test lint bench methods benchmarks tables clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## install slimdit and what its tests need into .venv
 
@@ -40,9 +40,13 @@ bench: $(INSTALLED) ## measure what results/demo lacks: the records that the REA
 methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
 
-tables: $(INSTALLED) ## render the tables of README and docs/methods.md from their records
+benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
+	$(BIN)/python -m benchmarks.record int8 load_memory startup
+
+tables: $(INSTALLED) ## render the tables of README, docs/methods.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
 	$(BIN)/slimdit report results/methods --update docs/methods.md
+	$(BIN)/python -m benchmarks.record
 
 clean: ## remove the environment and the caches; runs/ and results/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build slimdit.egg-info

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from slimdit.models.attention import AttentionForm, SoftmaxAttention
 
-from .result import compare, show
+from .result import compare, settle, show
 
 
 def main() -> None:
+    settle()
     parser = argparse.ArgumentParser(description="Time the fused and the explicit form of softmax attention.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],

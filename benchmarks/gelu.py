@@ -20,10 +20,11 @@ from slimdit.models.feedforward import MLP
 from slimdit.sampling.process import NoiseProcess
 from slimdit.training.loop import Batch, denoising_loss
 
-from .result import compare, show
+from .result import compare, settle, show
 
 
 def main() -> None:
+    settle()
     parser = argparse.ArgumentParser(description="Time a training step with two forms of GELU.")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=192)

@@ -31,12 +31,13 @@ from slimdit.methods.quantize import Quantize
 from slimdit.models.dit import DiT, preset
 from slimdit.pipeline import Pipeline
 
-from .result import compare, show
+from .result import compare, settle, show
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
+    settle()
     parser = argparse.ArgumentParser(description="Time int8 against compiled float, and against OpenVINO.")
     parser.add_argument("--presets", nargs="+", default=["S/2", "B/2"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from slimdit.metrics.speed import interleaved
+from slimdit.metrics.speed import WORKER_ENVIRONMENT, interleaved
 from slimdit.report.record import provenance
+
+
+def settle() -> None:
+    """Start this program over in the environment of processes that are timed, unless it is: `WORKER_ENVIRONMENT`."""
+    if WORKER_ENVIRONMENT.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **WORKER_ENVIRONMENT})
 
 
 def compare(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> dict[str, Any]:
