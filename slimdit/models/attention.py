@@ -10,7 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-AttentionForm = Literal["fused", "explicit"]
+from . import kernels
+from .linear import Int8Dynamic
+
+AttentionForm = Literal["fused", "explicit", "native"]
 
 
 class SoftmaxAttention(nn.Module):
@@ -20,7 +23,8 @@ class SoftmaxAttention(nn.Module):
 
     `form` says how the same mathematics is executed: `"fused"` is PyTorch's scaled_dot_product_attention,
     `"explicit"` two matrix products around a softmax, which the compiler fuses better for short sequences on a
-    CPU. It is not part of the structure and never saved with the weights.
+    CPU, and `"native"` is slimdit's own kernel for bfloat16 on some CPUs (`kernels.py`; fused for what it is not for).
+    It is not part of the structure and never saved with the weights.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
@@ -34,15 +38,25 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: (batch, tokens, width) to the same shape."""
         batch, tokens, _ = x.shape
+        if self.form == "native" and kernels.take(x):
+            product, step, bias = unfinished(self.qkv, x)
+            return self.proj(torch.ops.slimdit.attend(product, step, bias, batch, self.heads).view(batch, tokens, -1))
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, head_dim)
         mixed = attend(q, k, v, self.form)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
 
 
+def unfinished(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A layer's rows before it multiplies them by their steps and adds its bias; of a float layer its rows alone."""
+    if isinstance(layer, Int8Dynamic):
+        return *layer.product(x), layer.bias
+    return layer(x).flatten(0, -2), None, None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v on (batch, heads, tokens, head_dim), fused or spelled out."""
-    if form == "fused":
+    if form != "explicit":
         return nn.functional.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return torch.softmax(scores, dim=-1) @ v
