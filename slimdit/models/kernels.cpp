@@ -13,6 +13,7 @@ constexpr int LANES = 16;             // floats of a register
 constexpr int COLUMNS = 4;            // registers of columns of a tile of a product
 constexpr int ROWS = 6;               // its rows: 6 x 4 sums, 4 columns and 1 row's pair fill 32 registers
 constexpr long KEYS = COLUMNS * LANES;  // scores are computed for so many keys at a time
+constexpr long AHEAD = 12;              // rows to prefetch
 constexpr float SMALLEST_STEP = 1.17549435e-38f;
 
 __mmask16 first(long count) { return count >= LANES ? 0xFFFF : (1u << (count < 0 ? 0 : count)) - 1; }
@@ -99,6 +100,8 @@ struct Head {
                 __m512 keys[2], values[2];
                 for (int odd = 0; odd < 2; ++odd) {
                     const long row = i + odd;
+                    for (int which = 0; which < 3; ++which)  // rows lie too far apart for the CPU to guess the next
+                        _mm_prefetch(from + (row + AHEAD) * 3 * inner + which * inner + c, _MM_HINT_T0);
                     if (row >= tokens) {
                         keys[odd] = values[odd] = _mm512_setzero_ps();
                         continue;
