@@ -41,7 +41,7 @@ methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
 
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 load_memory startup
+	$(BIN)/python -m benchmarks.record int8 attention load_memory startup
 
 tables: $(INSTALLED) ## render the tables of README, docs/methods.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
