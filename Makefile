@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` measures the bundled model, `make test` runs the tests.
-# Both install what they need into .venv first; nothing outside this folder is changed.
+# Both install what they need into .venv first; outside this folder only caches of compiled code are written.
 
 PYTHON ?= python3
 # Which build of PyTorch: `make TORCH="torch --index-url URL"` takes it from the index at URL instead.
