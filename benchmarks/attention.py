@@ -23,7 +23,6 @@ from .result import compare, settle, show
 
 
 def main() -> None:
-    settle()
     parser = argparse.ArgumentParser(description="Time the forms of softmax attention.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
@@ -68,4 +67,5 @@ def attention(form: AttentionForm, x: Tensor, heads: int, head_dim: int, compile
 
 
 if __name__ == "__main__":
+    settle()
     main()

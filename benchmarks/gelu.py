@@ -24,7 +24,6 @@ from .result import compare, settle, show
 
 
 def main() -> None:
-    settle()
     parser = argparse.ArgumentParser(description="Time a training step with two forms of GELU.")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=192)
@@ -86,4 +85,5 @@ class TanhMLP(MLP):
 
 
 if __name__ == "__main__":
+    settle()
     main()

@@ -37,7 +37,6 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
-    settle()
     parser = argparse.ArgumentParser(description="Time int8 against compiled float, and against OpenVINO.")
     parser.add_argument("--presets", nargs="+", default=["S/2", "B/2"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -114,4 +113,5 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
+    settle()
     main()

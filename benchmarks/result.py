@@ -15,7 +15,10 @@ from slimdit.report.record import provenance
 
 
 def settle() -> None:
-    """Start this program over in the environment of processes that are timed, unless it is: `WORKER_ENVIRONMENT`."""
+    """Start this program over in the environment of processes that are timed, unless it is: `WORKER_ENVIRONMENT`.
+
+    For a module that is run; called from elsewhere it would start that program over.
+    """
     if WORKER_ENVIRONMENT.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **WORKER_ENVIRONMENT})
 
