@@ -12,6 +12,7 @@ import pytest
 from slimdit.formats import BUNDLED, load
 from slimdit.metrics.features import bundled_reference, extractor
 from slimdit.metrics.quality import class_accuracy
+from slimdit.models.dit import preset_name
 from slimdit.pipeline import Pipeline
 from slimdit.sampling.seeds import image_labels
 from slimdit.training.loop import read_curve
@@ -55,3 +56,24 @@ def test_no_patches_show(pipeline: Pipeline) -> None:
     steps = np.abs(np.diff(images[..., 0].astype(float), axis=2))  # between columns: (images, 32, 31)
     on_grid = np.arange(1, 32) % pipeline.model.config.patch == 0
     assert steps[:, :, on_grid].mean() < 1.2 * steps[:, :, ~on_grid].mean()  # real images: 1.05
+
+
+class TestXS4:
+    """The paper's XS/4, trained on the same data and kept with its record."""
+
+    FOLDER = BASE.with_name("xs4")
+
+    def test_it_is_what_its_plan_and_record_say(self) -> None:
+        plan = read_plan(self.FOLDER / "training.toml")
+        record, curve = json.loads((self.FOLDER / "record.json").read_text()), read_curve(self.FOLDER / "curve.jsonl")
+        assert preset_name(load(self.FOLDER).model.config) == "XS/4" == plan.model.preset
+        assert record["images seen"] == curve[-1]["images"] == plan.training.steps * plan.training.batch
+        assert (self.FOLDER / "model.safetensors").stat().st_size <= 16_000_000
+
+    def test_its_samples_are_the_clothes_they_were_asked_to_be(self) -> None:
+        model = load(self.FOLDER)
+        few = model.replace(sampling=replace(model.sampling, solver="dpmpp_2m", steps=10))
+        images, labels = few.sample(range(50), seed=1), image_labels(1, range(50), 10).numpy()
+        reference = bundled_reference()
+        seen = extractor("lite0")(images, range(50)).pool
+        assert class_accuracy(seen, labels, reference.pool, reference.labels).mean() > 0.6
