@@ -1,5 +1,6 @@
 """What a mixture of experts promises: it is its naive definition, in fixed shapes, at the cost that the config says."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -236,6 +237,7 @@ def test_a_models_config_describes_its_experts(config):
     assert small.blocks[0].experts.count == config.count and bool(small.blocks[0].experts.shared) == bool(config.shared)
     assert config_mismatch(DiT(small)) == ""
     old = whole.to_dict()
+    assert DiT(DiTConfig.from_dict(json.loads(json.dumps(old)))).config == whole
     for block in old["blocks"]:
         del block["experts"]
     assert DiTConfig.from_dict(old).blocks[0].experts is None
