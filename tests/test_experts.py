@@ -300,6 +300,8 @@ def test_experts_of_tokens_can_be_packed_and_those_of_timesteps_are_no_linear_la
     ({"router": "random"}, "router 'random' is unknown; use one of expert_choice"),
     ({"router": "token_choice", "active": 2}, "every token uses one expert, not 2"),
     ({"router": "timestep", "capacity": 0.5}, "leave capacity at 1"),
+    ({"balance": "luck"}, "balance 'luck' is unknown; use one of none, bias, loss"),
+    ({"balance": "bias"}, "only token_choice has first choices to balance, not expert_choice"),
     ({"bins": 2}, "only the timestep router has bins"),
     ({"router": "timestep", "bins": 0}, "bins must be a whole number from 1 on up to 1000")])
 def test_bad_experts_are_refused_with_a_sentence(options, sentence):

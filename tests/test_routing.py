@@ -12,8 +12,8 @@ from slimdit.training.calibration import Call
 from slimdit.training.routing import Load, loads
 
 
-def load(*rows, dropped=0, tokens=100):
-    return Load(torch.tensor(rows, dtype=torch.float64), dropped, tokens).summary()
+def load(*rows, dropped=0, passed_on=0, tokens=100):
+    return Load(torch.tensor(rows, dtype=torch.float64), dropped, passed_on, tokens).summary()
 
 
 def test_equal_loads():
@@ -24,7 +24,8 @@ def test_equal_loads():
 
 
 def test_one_expert_for_all():
-    told = load([0, 8, 0, 0], dropped=25)
+    told = load([0, 8, 0, 0], dropped=25, passed_on=10)
+    assert told["passed_on"] == 0.1
     assert (told["max_violation"], told["gini"], told["dropped"]) == (3, 0.75, 0.25)
     assert told["entropy"] == 0 and told["effective_experts"] == 1
 
@@ -53,3 +54,15 @@ def test_counts_are_of_deployed_tokens_by_timestep():
     assert torch.equal(found[0].by_bin, expected) and found[0].dropped == 0
     assert found[1].by_bin.sum(1).tolist() == [12, 12, 0, 12] and found[1].dropped == 36
     assert loads(DiT(config), calls) == {}
+
+
+def test_tokens_passed_on_are_those_whose_first_choice_was_full():
+    config = uniform(depth=1, width=16, heads=2, patch=2, input_size=(8, 4), channels=1, classes=3)
+    chosen = replace(config.blocks[0], experts=ExpertsConfig(4, 16, "token_choice"))
+    model = DiT(replace(config, blocks=(chosen,))).eval()
+    with torch.no_grad():
+        model.blocks[0].mlp.router.bias[0, 2] = 1e3  # every labelled token wants expert 2, which has room for 2 of 8
+    calls = [Call(torch.randn(3, 1, 8, 4), torch.full((3,), 10), torch.tensor([0, 1, 2]))]
+    found = loads(model, calls)[0]
+    assert (found.passed_on, found.dropped, found.tokens) == (18, 0, 24)
+    assert found.summary()["max_violation"] == 0

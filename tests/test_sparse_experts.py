@@ -137,6 +137,15 @@ def test_balancing_evens_out_the_first_choices():
     assert max((one - 1 / 3).abs().max() for one in load(fits.balanced_bias(given, weight, bias))) < 0.1
 
 
+def test_a_balanced_router_passes_fewer_tokens_on(tmp_path):
+    passed = []
+    for balance in ("none", "bias"):
+        method = SparseExperts(experts=3, router="token_choice", balance=balance, images=4)
+        _, witness = apply_once(method, small_pipeline(), tmp_path)
+        passed.append(sum(entry["passed_on"] for entry in witness["routing"].values()))
+    assert passed[1] < 0.8 * passed[0]
+
+
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_clusters_are_equally_large_and_share_no_point(points, count, seed):
@@ -274,12 +283,12 @@ def test_twice_is_refused_and_packed_is_refused(tmp_path):
 @pytest.mark.parametrize("options, sentence", [
     ({"mode": "split"}, "mode 'split' is unknown; use one of partition, upcycle"),
     ({"router": "hash"}, "router 'hash' is unknown"), ({"grouping": "names"}, "grouping 'names' is unknown"),
-    ({"balance": "loss"}, "balance 'loss' is unknown; use one of none, bias"),
+    ({"balance": "luck"}, "balance 'luck' is unknown; use one of none, bias, loss"),
     ({"shared": 1.0}, r"shared must be in 0\.\.1"), ({"shared": 0.0}, "a partition needs shared units"),
     ({"images": 0}, "images must be at least 1"), ({"experts": 1}, "count must be a whole number from 2"),
     ({"mode": "upcycle"}, "expert_choice takes some tokens twice and leaves others out"),
     ({"mode": "upcycle", "router": "timestep", "active": 2}, "2 active copies compute more"),
-    ({"balance": "bias"}, "only token_choice is balanced by a bias, not expert_choice"),
+    ({"balance": "bias"}, "only token_choice has first choices to balance, not expert_choice"),
     ({"router": "token_choice", "active": 2}, "every token uses one expert"), ({"capacity": 0.0}, "capacity"),
     ({"router": "timestep", "bins": 0}, "bins must be")])
 def test_bad_options_are_refused_at_once(options, sentence):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Mode = Literal["partition", "upcycle"]
 RouterKind = Literal["expert_choice", "token_choice", "timestep"]
 Grouping = Literal["activations", "weights"]
-Balance = Literal["none", "bias"]
+Balance = Literal["none", "bias", "loss"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class SparseExperts:
         capacity: room in the experts over what their tokens need; below 1, tokens are left out. What is above 1 costs.
         grouping: hidden units that become an expert of a partition work on the same tokens (`"activations"`) or have
             similar weights (`"weights"`).
-        balance: `"bias"` shifts token_choice's scores until the experts are first choice equally often.
+        balance: what evens out how often token_choice's experts are first choice, so that fewer tokens are passed on.
+            `"bias"` shifts scores, now on the calibrated tokens and with every step of later training. `"loss"` adds
+            the auxiliary loss to that training: the control, for it pulls at what is learned.
         bins: of the timesteps, of the timestep router; as many as experts in an upcycle.
         blocks: numbers of the blocks to change, `[]` for none; left out, all of them.
         images: how many sampled images to calibrate on.
@@ -89,9 +91,6 @@ class SparseExperts:
         if self.mode == "upcycle" and self.active not in (None, 1):
             raise ValueError(f"sparse_experts: {self.active} active copies compute more than the MLP: leave active out "
                              "when upcycling")
-        if self.balance != "none" and self.router != "token_choice":
-            raise ValueError(f"sparse_experts: only token_choice is balanced by a bias, not {self.router}: leave "
-                             "balance out")
         self.config(0)  # refuses what no experts can be
 
     def apply(self, pipeline: Pipeline, context: Context) -> Pipeline:
@@ -129,7 +128,7 @@ class SparseExperts:
         from ..models.experts_config import ExpertsConfig
 
         bins = 1 if self.router != "timestep" else self.experts if self.mode == "upcycle" else self.bins
-        return ExpertsConfig(self.experts, shared, self.router, self.actives, self.capacity, bins)
+        return ExpertsConfig(self.experts, shared, self.router, self.actives, self.capacity, self.balance, bins)
 
     def chosen_blocks(self, model: DiT) -> list[int]:
         """The blocks to change, refused where their MLPs cannot be experts."""
@@ -229,7 +228,7 @@ class SparseExperts:
             else:
                 weight, bias = prototypes(given, sizes, self.experts, self.seed)
                 layer.router.weight.copy_(weight)
-                layer.router.bias.copy_(bias if self.balance == "none" else balanced_bias(given, weight, bias))
+                layer.router.bias.copy_(balanced_bias(given, weight, bias) if self.balance == "bias" else bias)
 
 
 def timestep_table(config: ExpertsConfig, given: Given, sizes: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUTERS = ("expert_choice", "token_choice", "timestep")
+BALANCES = ("none", "bias", "loss")
 MOST_EXPERTS, MOST_BINS = 256, 1000
 
 
@@ -22,6 +23,8 @@ class ExpertsConfig:
             says which experts an image uses, by the timestep's bin.
         active: experts that a token uses, on average; exactly so many with `"timestep"`.
         capacity: room for tokens in all experts together, over tokens times `active`.
+        balance: what evens out token_choice's first choices in training: `"none"`, `"bias"` or an auxiliary `"loss"`,
+            see `training/balance.py`.
         bins: of the timesteps, all equally long; one where the timestep does not decide.
 
     Raises:
@@ -33,11 +36,17 @@ class ExpertsConfig:
     router: str = "expert_choice"
     active: int = 1
     capacity: float = 1.0
+    balance: str = "none"
     bins: int = 1
 
     def __post_init__(self) -> None:
         if self.router not in ROUTERS:
             raise ValueError(f"experts: router {self.router!r} is unknown; use one of {', '.join(ROUTERS)}")
+        if self.balance not in BALANCES:
+            raise ValueError(f"experts: balance {self.balance!r} is unknown; use one of {', '.join(BALANCES)}")
+        if self.balance != "none" and self.router != "token_choice":
+            raise ValueError(f"experts: only token_choice has first choices to balance, not {self.router}: leave "
+                             "balance at none")
         for name, least, most in (("count", 2, MOST_EXPERTS), ("shared", 0, None), ("active", 1, self.count),
                                   ("bins", 1, MOST_BINS)):
             value = getattr(self, name)

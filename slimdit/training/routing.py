@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.dit import DiT
-from ..models.experts import Experts, timestep_bin
+from ..models.experts import Experts, TokenExperts, timestep_bin
+from .balance import first_choices
 from .calibration import BINS, Call, layer_inputs
 
 
@@ -21,17 +22,19 @@ class Load:
     Attributes:
         by_bin: (BINS, experts), tokens that used each expert, by the timestep's bin; bin 0 is 0..249.
         dropped: tokens that no expert took, of `tokens`.
+        passed_on: tokens that were taken by another expert than their first choice, which only token_choice has.
     """
 
     by_bin: Tensor
     dropped: int
+    passed_on: int
     tokens: int
 
     def summary(self) -> dict[str, Any]:
         """The numbers, JSON-ready: the load as a share of all uses in its bin, and how uneven the total is.
 
         `max_violation` is the largest load over the mean, minus 1; `gini` 0 for equal loads, towards 1 for one expert;
-        `entropy` in nats, `effective_experts` its exponential; `dropped` a share of tokens.
+        `entropy` in nats, `effective_experts` its exponential; `dropped` and `passed_on` are shares of tokens.
         """
         total = self.by_bin.sum(0)
         share = total / total.sum().clamp(min=1)
@@ -42,7 +45,8 @@ class Load:
         return {"load": [[round(value, 4) for value in row] for row in by_bin.tolist()],
                 "max_violation": round(share.max().item() * count - 1, 4), "gini": round(gini, 4),
                 "entropy": round(entropy, 4), "effective_experts": round(torch.tensor(entropy).exp().item(), 3),
-                "dropped": round(self.dropped / max(1, self.tokens), 4)}
+                "dropped": round(self.dropped / max(1, self.tokens), 4),
+                "passed_on": round(self.passed_on / max(1, self.tokens), 4)}
 
 
 @torch.no_grad()
@@ -58,10 +62,15 @@ def loads(model: DiT, calls: Sequence[Call]) -> dict[int, Load]:
                   bins: Tensor = bins) -> None:
             number, layer = layers[name]
             used = layer.uses(x, call.t, unlabelled).double().cpu()
+            passed_on = 0
+            if isinstance(layer, TokenExperts) and layer.config.router == "token_choice":
+                first = first_choices(layer.router, layer.router(x, unlabelled), unlabelled).cpu()
+                passed_on = int(((used - first) > 0).sum())
             by_bin = used.new_zeros(BINS, used.shape[-1]).index_add(0, bins.cpu(), used.sum(1))
             dropped, tokens = int((used.sum(-1) == 0).sum()), used.shape[0] * used.shape[1]
-            before = found.get(number, Load(torch.zeros_like(by_bin), 0, 0))
-            found[number] = Load(before.by_bin + by_bin, before.dropped + dropped, before.tokens + tokens)
+            before = found.get(number, Load(torch.zeros_like(by_bin), 0, 0, 0))
+            found[number] = Load(before.by_bin + by_bin, before.dropped + dropped, before.passed_on + passed_on,
+                                 before.tokens + tokens)
 
         layer_inputs(model, [call], layers, visit)
     return found
