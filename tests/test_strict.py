@@ -53,6 +53,22 @@ def test_anything_else_is_refused_with_its_place(values: Any, said: str) -> None
     assert said in str(refusal.value)
 
 
+@dataclass(frozen=True)
+class Outer:
+    """One dataclass in another."""
+
+    inner: Options | None = None
+
+
+def test_a_dataclass_within_is_read_as_strictly() -> None:
+    assert build(Outer, {"inner": {"steps": 2}}, "o") == Outer(Options(2)) == build(Outer, {"inner": Options(2)}, "o")
+    assert build(Outer, {"inner": None}, "o") == Outer()
+    for inner, said in (({"step": 2}, "o: inner: 'step' is not an option"), ({"steps": 0}, "steps must be at least 1"),
+                        (3, "o: inner: expected Options, not 3")):
+        with pytest.raises(ValueError, match=said):
+            build(Outer, {"inner": inner}, "o")
+
+
 def test_nearest() -> None:
     assert nearest("quantise", ["quantize", "compile"]) == "did you mean 'quantize'?"
     assert nearest("zzz", ["b", "a"]) == "use one of: a, b"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..files import read_tensors
 from ..models.dit import DiT, DiTConfig
+from ..models.experts import TimestepExperts
 from ..pipeline import Pipeline
 
 GIB = 2 ** 30
@@ -182,7 +183,17 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
             raise FormatError(f"{path}: {name} is {have.dtype} where the structure says {want.dtype}")
     ready = {name: _aligned(tensor.to(expected[name].dtype)) for name, tensor in tensors.items()}
     model.load_state_dict(ready, assign=True)
+    check_tables(model, path)
     return model.eval()
+
+
+def check_tables(model: DiT, path: Path) -> None:
+    """Refuse tables of experts that name one which is not there: a device would read what lies beyond."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TimestepExperts):
+            last = layer.config.count - 1
+            if layer.table.min() < 0 or layer.table.max() > last:
+                raise FormatError(f"{path}: {name}.table names an expert outside 0..{last}: copy or download it again")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

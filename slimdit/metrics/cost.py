@@ -27,7 +27,8 @@ class Macs:
         modulation: the adaLN layers of the blocks and of the final layer, once per image.
         attention_linears: qkv and the output projection.
         attention_mixing: scores and weighted sums, fused or not.
-        mlp: both linear layers of every block.
+        mlp: both linear layers of every block; of experts, those that tokens are put through.
+        routing: scores of experts.
         output: the final linear layer.
     """
 
@@ -37,6 +38,7 @@ class Macs:
     attention_linears: int
     attention_mixing: int
     mlp: int
+    routing: int
     output: int
 
     @property
@@ -61,6 +63,7 @@ def macs(config: DiTConfig) -> Macs:
     """
     width, tokens, patch_area = config.width, config.tokens, config.patch**2
     attention = [_attention_macs(block, width, tokens) for block in config.blocks]
+    feed_forward = [_feed_forward_macs(block, width, tokens) for block in config.blocks]
     return Macs(
         embedding=tokens * patch_area * config.channels * width,
         condition=FREQUENCIES * width + width * width,
@@ -68,7 +71,8 @@ def macs(config: DiTConfig) -> Macs:
         + _modulation_macs(width, 2 * width, config.final_adaln_rank),
         attention_linears=sum(linears for linears, _ in attention),
         attention_mixing=sum(mixing for _, mixing in attention),
-        mlp=sum(2 * tokens * width * block.mlp_width for block in config.blocks),
+        mlp=sum(mlp for mlp, _ in feed_forward),
+        routing=sum(routing for _, routing in feed_forward),
         output=tokens * width * patch_area * config.out_channels,
     )
 
@@ -109,6 +113,12 @@ def _attention_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, i
     if block.attention not in ATTENTION_MACS:
         raise ValueError(f"cost: attention {block.attention!r} has no MAC count; add one to ATTENTION_MACS")
     return ATTENTION_MACS[block.attention](block, width, tokens)
+
+
+def _feed_forward_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
+    if block.experts:
+        return block.experts.macs(block.mlp_width, width, tokens)
+    return 2 * tokens * width * block.mlp_width, 0
 
 
 def _softmax_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:

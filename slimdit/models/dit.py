@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionForm, SoftmaxAttention
-from .feedforward import MLP
+from .experts import Experts, feed_forward
+from .experts_config import ExpertsConfig, experts_config
 from .linear import LowRank, replace_linear
 from .presets import PATCHES, PRESETS
 
@@ -31,10 +32,12 @@ class BlockConfig:
     """The structure of one block. Blocks of a model may differ from each other.
 
     Attributes:
+        mlp_width: hidden units of the MLP, or of its experts and the shared units together.
         adaln_rank: rank of the pair of linear layers that adaLN's one was replaced by; None is the one layer.
+        experts: how the hidden units are shared out among experts; None is one MLP for every token.
 
     Raises:
-        ValueError: a size is not positive, or the attention kind is unknown.
+        ValueError: a size is not positive, the attention kind is unknown, or the hidden units cannot be shared out.
     """
 
     heads: int
@@ -42,6 +45,7 @@ class BlockConfig:
     mlp_width: int
     attention: str = "softmax"
     adaln_rank: int | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "mlp_width"):
@@ -50,6 +54,8 @@ class BlockConfig:
             _require_positive("block", "adaln_rank", self.adaln_rank)
         if self.attention not in ATTENTION:
             raise ValueError(f"block: attention {self.attention!r} is unknown; use one of {', '.join(ATTENTION)}")
+        if self.experts is not None:
+            self.experts.units(self.mlp_width)  # refuses what cannot be shared out
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ class DiTConfig:
         try:
             values = dict(data)
             values["input_size"] = tuple(values["input_size"])
-            values["blocks"] = tuple(BlockConfig(**block) for block in values["blocks"])
+            values["blocks"] = tuple(BlockConfig(**{**block, "experts": experts_config(block.get("experts"))})
+                                     for block in values["blocks"])
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"model config: {error}") from error
@@ -191,8 +198,12 @@ def twin(config: DiTConfig, head_dim: int = 4) -> DiTConfig:
     shrink = width / config.width
 
     def small(block: BlockConfig) -> BlockConfig:
-        return replace(block, head_dim=head_dim, mlp_width=max(1, round(block.mlp_width * shrink)),
-                       adaln_rank=rank(block.adaln_rank))
+        experts, units = block.experts, max(1, round(block.mlp_width * shrink))
+        if experts:
+            shared = experts.shared and max(1, round(experts.shared * shrink))
+            units = shared + experts.count * max(1, round(experts.units(block.mlp_width) * shrink))
+            experts = replace(experts, shared=shared)
+        return replace(block, head_dim=head_dim, mlp_width=units, experts=experts, adaln_rank=rank(block.adaln_rank))
 
     def rank(full: int | None) -> int | None:
         return full and min(max(1, round(full * shrink)), width - 1)
@@ -236,7 +247,7 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
         condition = self.t_embedder(t) + self.y_embedder(y)  # (batch, width)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = block(tokens, condition, t, y == self.config.classes)
         return unpatchify(self.final_layer(tokens, condition), self.config)
 
     def initialise(self) -> None:
@@ -277,15 +288,19 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.attn = ATTENTION[config.attention](width, config.heads, config.head_dim)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=False)
-        self.mlp = MLP(width, config.mlp_width)
+        self.mlp = feed_forward(width, config.mlp_width, config.experts)
         self.adaLN_modulation = modulation(width, 6 * width, config.adaln_rank)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(batch, tokens, width) and (batch, width) to (batch, tokens, width)."""
+    def forward(self, x: Tensor, condition: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
+        """(batch, tokens, width) and (batch, width) to (batch, tokens, width).
+
+        Experts also look at the timesteps (batch,), and at whether the label is the null class (batch,).
+        """
         modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # each (batch, 1, width)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        given = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        return x + gate_mlp * (self.mlp(given, t, unlabelled) if isinstance(self.mlp, Experts) else self.mlp(given))
 
 
 class FinalLayer(nn.Module):

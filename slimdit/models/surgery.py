@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .attention import SoftmaxAttention
 from .dit import Block, DiT, FinalLayer
+from .experts import TimestepExperts, TokenExperts, feed_forward
+from .experts_config import ExpertsConfig
 from .feedforward import MLP
 from .linear import LowRank, float_linear, linear_kind, pack_linear, set_linear
 from .rounding import Grid, Rounded
@@ -156,6 +158,63 @@ def keep_blocks(model: DiT, blocks: Sequence[int]) -> None:
     model.config = replace(model.config, blocks=tuple(model.config.blocks[number] for number in kept))
 
 
+@torch.no_grad()
+def put_experts(model: DiT, block: int, config: ExpertsConfig, shared: Sequence[int], groups: Sequence[Sequence[int]],
+                absent: Tensor | None = None) -> None:
+    """Put experts made of a block's hidden units in the place of its MLP: fc1's rows, fc2's columns.
+
+    A token that uses every unit once is answered as before. The routers are to be set afterwards.
+
+    Args:
+        shared: the units that every token uses.
+        groups: the units of each expert, equally many each; experts may be copies of one another.
+        absent: (experts, width), what a token is given in place of an expert's answer where it does not use it; no
+            more than one MLP can give it to every token, so there must be shared units. None is nothing.
+
+    Raises:
+        ValueError: layers are packed, the feed-forward is another, or the units do not fit the config.
+    """
+    mlp = _cuttable(model, block).mlp
+    if not isinstance(mlp, MLP):
+        raise ValueError(f"block {block}: only an MLP can become experts, and this is {type(mlp).__name__}")
+    total = len(shared) + sum(map(len, groups))
+    if len(shared) != config.shared or [len(group) for group in groups] != [config.units(total)] * config.count:
+        raise ValueError(f"block {block}: {len(shared)} shared units and experts of {[len(g) for g in groups]} are not "
+                         f"the {config.count} experts beside {config.shared} shared units that the config says")
+    if absent is not None and not shared:
+        raise ValueError(f"block {block}: what stands for absent experts needs shared units to give it")
+    made = feed_forward(model.config.width, total, config).to(mlp.fc1.weight)
+    biases = (torch.zeros_like(mlp.fc2.bias) if shared else mlp.fc2.bias).repeat(config.count, 1)
+    if absent is not None:
+        biases -= absent
+    for number, group in enumerate(groups):
+        _give_units(made, number, mlp, list(group), biases[number])
+    if shared:
+        made.shared = _part(mlp, list(shared), mlp.fc2.bias if absent is None else mlp.fc2.bias + absent.sum(0))
+    model.blocks[block].mlp = made.train(mlp.training)
+    _describe(model, block, mlp_width=total, experts=config)
+
+
+def _give_units(experts: nn.Module, number: int, mlp: MLP, units: list[int], bias: Tensor) -> None:
+    """Let an expert be some of an MLP's units."""
+    part = _part(mlp, units, bias)
+    if isinstance(experts, TokenExperts):
+        experts.experts[number] = part
+    elif isinstance(experts, TimestepExperts):
+        stacked = experts.experts
+        for weights, given in ((stacked.fc1, part.fc1.weight), (stacked.fc1_bias, part.fc1.bias),
+                               (stacked.fc2, part.fc2.weight.t()), (stacked.fc2_bias, part.fc2.bias)):
+            weights[number] = given
+
+
+def _part(mlp: MLP, units: list[int], bias: Tensor) -> MLP:
+    """An MLP of some of another's units, with this bias at its end."""
+    part = MLP(mlp.fc1.in_features, len(units)).to(mlp.fc1.weight)
+    part.load_state_dict({"fc1.weight": mlp.fc1.weight[units], "fc1.bias": mlp.fc1.bias[units],
+                          "fc2.weight": mlp.fc2.weight[:, units], "fc2.bias": bias})
+    return part
+
+
 def put_modulation(model: DiT, block: int | None, pair: LowRank) -> None:
     """Put a pair in the place of adaLN's linear layer in a block, or in the final layer where `block` is None.
 
@@ -229,7 +288,7 @@ def without_block(model: DiT, name: str) -> Iterator[None]:
 class Passage(nn.Module):
     """What is left of a block that is taken out: tokens pass as they are."""
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""
         return x
 

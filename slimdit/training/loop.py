@@ -25,6 +25,7 @@ from ..models.dit import DiT, DiTConfig
 from ..pipeline import Runtime
 from ..sampling.process import Denoise, LossWeighting, NoiseProcess, training_loss
 from ..sampling.seeds import seeded
+from .balance import balancing
 from .data import ImageData
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -209,15 +210,16 @@ def train(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfi
     batches = draw_batches(model, process, data, config, start, accelerator.process_index, accelerator.num_processes)
 
     began, since, losses = time.monotonic(), start, []
-    with between_steps(alone=accelerator.num_processes == 1) as interrupted:
+    with between_steps(alone=accelerator.num_processes == 1) as interrupted, balancing(model) as balance:
         for step, batch in zip(range(start, config.steps), batches, strict=False):
             for group in stepper.param_groups:
                 group["lr"] = config.rate(step)
-            value = compute_loss(forward, batch.to(accelerator.device)).mean()
+            value = compute_loss(forward, batch.to(accelerator.device)).mean() + balance.loss()
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), config.clip)
             stepper.step()
             stepper.zero_grad()
+            balance.shift(lambda load: accelerator.reduce(load, "sum"))
             if project is not None:
                 project(model)
             state.average(step)
