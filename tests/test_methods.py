@@ -22,6 +22,7 @@ from slimdit.methods.prune_weights import PruneWeights
 from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
+from slimdit.methods.simplify_attention import SimplifyAttention
 from slimdit.models.dit import BlockConfig, DiT, uniform
 from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
 from slimdit.models.surgery import weight_bytes
@@ -48,6 +49,8 @@ EXAMPLES = {
     "prune_width": PruneWidth(mlp=0.75, images=4),
     "prune_depth": PruneDepth(keep=1, images=4),
     "low_rank_adaln": LowRankAdaln(final=True),
+    "simplify_attention mediated": SimplifyAttention(mediators=4, conv=3, regression=20, images=4),
+    "simplify_attention focused": SimplifyAttention("focused", groups=1, regression=20, distill=1, images=4, samples=4),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
@@ -57,6 +60,7 @@ NEUTRAL = {
     "prune_width": PruneWidth(),
     "prune_depth": PruneDepth(keep=2),
     "low_rank_adaln": LowRankAdaln(rank=1.0),
+    "simplify_attention": SimplifyAttention(blocks=0.0),
     "prune_weights": PruneWeights(sparsity=0.0),
     "finetune": Finetune(steps=0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left

@@ -13,6 +13,7 @@ from .prune_weights import PruneWeights
 from .prune_width import PruneWidth
 from .quantize import Quantize
 from .reduce_steps import ReduceSteps
+from .simplify_attention import SimplifyAttention
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -34,6 +35,7 @@ METHODS: Mapping[str, type] = {
     "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
     "low_rank_adaln": LowRankAdaln,
+    "simplify_attention": SimplifyAttention,
     "reduce_steps": ReduceSteps,
     "prune_weights": PruneWeights,
     "finetune": Finetune,
