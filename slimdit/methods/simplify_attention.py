@@ -8,6 +8,7 @@ and then training end to end are what conversion lives on ("LiT", arXiv 2501.129
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +43,8 @@ class SimplifyAttention:
             `"mediated"` and `"focused"` if wanted.
         inner: share of the features of a head that `"shallow"` keeps.
         conv: side of a depth-wise convolution of the values, 3 or 5, which starts at zero; None is none.
-        regression: steps that each new attention is regressed for, on its own; 0 takes it as inherited.
+        regression: steps that each new attention is regressed for, on its own; 0 takes it as inherited, and so does
+            regression that leaves it further off on other images.
         distill: steps that the whole model is then trained for, mostly towards the teacher's outputs (noise and
             variance); 0 is none. On the run's own images, or where it has none, on images that the teacher makes.
         images: sampled images to regress on.
@@ -178,10 +180,13 @@ class SimplifyAttention:
         for number in candidates:
             answers, judge = (attention_answers(model, some, number) for some in (calls, held_out))
             config = self.described(model.config, number)
-            attention = self.inherited(model, number, config, answers)
-            inherited = mean_error(attention, judge)
+            begun = self.inherited(model, number, config, answers)
+            attention, inherited = deepcopy(begun), mean_error(begun, judge)
             regress(attention, answers, steps=self.regression, seed=self.seed)
-            found[number] = Converted(config, attention, rounded(inherited), rounded(mean_error(attention, judge)))
+            error = mean_error(attention, judge)
+            if error > inherited:  # too few images, or too short a budget for its rate
+                attention, error = begun, inherited
+            found[number] = Converted(config, attention, rounded(inherited), rounded(error))
             context.report(f"simplify_attention: block {number}: error {found[number].inherited} as inherited, "
                            f"{found[number].error} after {self.regression} steps")
         return found
