@@ -1,4 +1,4 @@
-"""What each kind of attention promises: it is its naive definition on any grid, and keeps what softmax attention has."""
+"""What each kind of attention promises: it is its naive definition on any grid, and stays among the values."""
 
 import pytest
 import torch

@@ -70,6 +70,8 @@ class BlockConfig:
                              f"{self.attention} with {self.mediators}")
         for side in self.mediators or ():
             _require_positive("block", "mediators", side)
+        if self.mediators is not None and len(self.mediators) != 2:
+            raise ValueError(f"block: mediators are rows and columns, not {self.mediators}")
 
 
 @dataclass(frozen=True)
