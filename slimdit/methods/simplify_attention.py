@@ -97,11 +97,11 @@ class SimplifyAttention:
         from ..training.calibration import output_error, outputs
 
         model, before = pipeline.model, weight_bytes(pipeline.model)
-        count, candidates = self.candidates(model)
+        method = self.rehearsed() if context.rehearsal else self
+        count, candidates = method.candidates(model)
         if not count:
             context.witness(kind=self.kind, blocks=[])
             return pipeline
-        method = self.rehearsed() if context.rehearsal else self
         held_out = method.calls(pipeline, HELD_OUT, self.seed + 1)
         expected = outputs(model, held_out)
         converted = method.converted(pipeline, candidates, held_out, context)
@@ -119,8 +119,9 @@ class SimplifyAttention:
         return pipeline.replace(model=model)
 
     def rehearsed(self) -> SimplifyAttention:
-        """The same in a step or two, on a few images that the tiny twin makes."""
-        return replace(self, regression=min(2, self.regression), distill=min(2, self.distill), images=2, samples=4)
+        """The same in a step or two, on a few images that the tiny twin makes; its heads are too narrow for any share."""
+        return replace(self, inner=0.5, regression=min(2, self.regression), distill=min(2, self.distill), images=2,
+                       samples=4)
 
     def candidates(self, model: DiT) -> tuple[int, list[int]]:
         """How many blocks are to change, and which may."""
