@@ -119,7 +119,7 @@ class SimplifyAttention:
         return pipeline.replace(model=model)
 
     def rehearsed(self) -> SimplifyAttention:
-        """The same in a step or two, on a few images that the tiny twin makes; its heads are too narrow for any share."""
+        """The same in a step or two, on a few images of the tiny twin, whose heads are too narrow for most shares."""
         return replace(self, inner=0.5, regression=min(2, self.regression), distill=min(2, self.distill), images=2,
                        samples=4)
 
