@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` measures the bundled model, `make test` runs the tests.
-# Both install what they need into .venv first; nothing outside this folder is changed.
+# Both install what they need into .venv first; outside this folder only caches of compiled code are written.
 
 PYTHON ?= python3
 # Which build of PyTorch: `make TORCH="torch --index-url URL"` takes it from the index at URL instead.
@@ -41,7 +41,7 @@ methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
 
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 load_memory startup
+	$(BIN)/python -m benchmarks.record int8 attention load_memory startup
 
 tables: $(INSTALLED) ## render the tables of README, docs/methods.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md

@@ -1,11 +1,11 @@
-"""Kinds of attention against softmax, fused and explicit, from few tokens to many.
+"""Kinds of attention against softmax in each of its forms, from few tokens to many.
 
     python -m benchmarks.attention_kinds
 
 `ratio` is how many times faster the kind (b) is than softmax attention in the form that `against` names (a): above 1,
 the kind wins. `slope` is that of log time over log tokens between the two longest sequences: 1 where a token costs the
 same however many there are, 2 where it asks each of them. `crossover` is the fewest tokens from which on the kind was
-faster than the faster form of softmax, its interval above 1; null where it never was.
+faster than every form of softmax, its interval above 1; null where it never was.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from slimdit.methods.simplify_attention import mediator_grid
 from slimdit.models.attention import AttentionForm
 from slimdit.models.dit import BlockConfig, attention_of
 
+from .attention import forms
 from .result import compare, settle, show
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -57,7 +58,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(kind: str, *, tokens: int, dtype: str, compiled: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time one layer of a kind, its projections included, against both forms of softmax of the same sizes."""
+    """Time one layer of a kind, its projections included, against softmax of the same sizes in each form there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     width = options.heads * options.head_dim
@@ -65,7 +66,7 @@ def measure(kind: str, *, tokens: int, dtype: str, compiled: bool, options: argp
     plain = BlockConfig(options.heads, options.head_dim, width)
     block = described(kind, plain, grid_of(tokens), options.mediators)
     rows = []
-    for against in ("fused", "explicit"):
+    for against in ("fused", *forms(dtype)):
         times = compare(layer(plain, x, against, compiled), layer(block, x, "fused", compiled), options.rounds)
         rows.append({"kind": kind, "against": against, "tokens": tokens, "dtype": dtype, "compiled": compiled,
                      "batch": options.batch, "heads": options.heads, "head_dim": options.head_dim, **times})
@@ -106,7 +107,7 @@ def slope(rows: list[dict[str, Any]]) -> float | None:
 
 
 def crossover(rows: list[dict[str, Any]]) -> int | None:
-    """The fewest tokens from which on the kind was faster than both forms of softmax."""
+    """The fewest tokens from which on the kind was faster than softmax in every form."""
     first = None
     for tokens in sorted({row["tokens"] for row in rows}, reverse=True):
         if min(row["low"] for row in rows if row["tokens"] == tokens) <= 1:

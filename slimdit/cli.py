@@ -83,7 +83,7 @@ def bench(
 ) -> None:
     """Measure a baseline and every recipe against it: records, table, plots and an HTML report.
 
-    With no recipe: a tour of five that takes minutes.
+    With no recipe: a short tour of shipped ones, in minutes.
     """
     from . import bench as room
 

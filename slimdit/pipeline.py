@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
@@ -32,7 +33,8 @@ class Runtime:
     Attributes:
         dtype: of weights and activations during sampling.
         compile: whether the model is compiled for the batch it runs at.
-        attention: form of softmax attention; `"auto"` is explicit where compiled on a CPU for short sequences.
+        attention: form of softmax attention; `"auto"` is native where that runs (bfloat16 on a CPU with AVX-512's
+            products of it, and a C++ compiler), else explicit where compiled on a CPU for short sequences.
 
     Raises:
         ValueError: a value is unknown.
@@ -40,19 +42,30 @@ class Runtime:
 
     dtype: Dtype = "float32"
     compile: bool = False
-    attention: Literal["auto", "fused", "explicit"] = "auto"
+    attention: Literal["auto", "fused", "explicit", "native"] = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"runtime: dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-        if self.attention not in ("auto", "fused", "explicit"):
-            raise ValueError(f"runtime: attention {self.attention!r} is unknown; use auto, fused or explicit")
+        if self.attention not in ("auto", "fused", "explicit", "native"):
+            raise ValueError(f"runtime: attention {self.attention!r} is unknown; use auto, fused, explicit or native")
 
     def attention_form(self, tokens: int, device: torch.device) -> AttentionForm:
-        """The form that `attention` means for a model of so many tokens on a device."""
+        """The form that `attention` means for a model of so many tokens on a device.
+
+        Raises:
+            ValueError: native attention is asked for and cannot be had; the sentence says why.
+        """
+        on_cpu = device.type == "cpu"
+        if self.attention == "native" or (self.attention == "auto" and on_cpu and self.dtype == "bfloat16"):
+            reason = "it is for bfloat16 on a CPU" if self.dtype != "bfloat16" or not on_cpu else kernels.missing()
+            if not reason:
+                return "native"
+            if self.attention == "native":
+                raise ValueError(f"runtime: native attention cannot be had: {reason}; use auto")
         if self.attention != "auto":
             return self.attention
-        return "explicit" if self.compile and device.type == "cpu" and tokens <= EXPLICIT_TOKENS else "fused"
+        return "explicit" if self.compile and on_cpu and tokens <= EXPLICIT_TOKENS else "fused"
 
 
 @dataclass(frozen=True)

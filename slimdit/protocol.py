@@ -31,7 +31,7 @@ class BaselineRuntime:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = True
-    attention: Literal["auto", "fused", "explicit"] = "auto"
+    attention: Literal["auto", "fused", "explicit", "native"] = "auto"
 
 
 @dataclass(frozen=True)

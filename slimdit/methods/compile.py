@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..pipeline import Dtype, Pipeline
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMS = ("auto", "fused", "explicit")
+FORMS = ("auto", "fused", "explicit", "native")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Compile:
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "fused", "explicit"] = "auto"
+    attention: Literal["auto", "fused", "explicit", "native"] = "auto"
 
     def __post_init__(self) -> None:
         for option, allowed in (("dtype", DTYPES), ("attention", FORMS)):

@@ -13,7 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-AttentionForm = Literal["fused", "explicit"]
+from . import kernels
+from .linear import Int8Dynamic
+
+AttentionForm = Literal["fused", "explicit", "native"]
 FOCUS = 3  # the power that focused attention sharpens features with, as published
 TINY = 1e-6
 
@@ -25,8 +28,9 @@ class Attention(nn.Module):
     starts at zero: a trained model answers as before until it has learned something.
 
     `form` says how softmax is executed: `"fused"` is PyTorch's scaled_dot_product_attention, `"explicit"` two matrix
-    products around a softmax, which the compiler fuses better for short sequences on a CPU. It is not part of the
-    structure and never saved with the weights.
+    products around a softmax, which the compiler fuses better for short sequences on a CPU, and `"native"` is slimdit's
+    own kernel for plain softmax attention in bfloat16 on some CPUs (`kernels.py`; fused for what it is not for). It is
+    not part of the structure and never saved with the weights.
 
     Args:
         kv_heads: heads of the keys and values, each shared by a group of `heads` / `kv_heads` heads; None is `heads`.
@@ -74,6 +78,13 @@ class Attention(nn.Module):
 
 class SoftmaxAttention(Attention):
     """softmax(q k^T / sqrt(head_dim)) v, the kind every DiT is trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Attention`."""
+        if self.form == "native" and is_plain(self) and kernels.take(x):
+            product, step, bias = unfinished(self.qkv, x)
+            return self.proj(torch.ops.slimdit.attend(product, step, bias, len(x), self.heads).view(*x.shape[:2], -1))
+        return super().forward(x)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attention`."""
@@ -132,9 +143,16 @@ def focused(x: Tensor) -> Tensor:
     return sharp * (length / (sharp.norm(dim=-1, keepdim=True) + TINY))
 
 
+def unfinished(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A layer's rows before it multiplies them by their steps and adds its bias; of a float layer its rows alone."""
+    if isinstance(layer, Int8Dynamic):
+        return *layer.product(x), layer.bias
+    return layer(x).flatten(0, -2), None, None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v on (batch, heads, tokens, head_dim), fused or spelled out."""
-    if form == "fused":
+    if form != "explicit":
         return nn.functional.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return torch.softmax(scores, dim=-1) @ v

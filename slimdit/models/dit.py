@@ -286,10 +286,12 @@ class DiT(nn.Module):
             _zero(parameter)
 
     def use_attention(self, form: AttentionForm) -> None:
-        """Choose how softmax attention is executed in every block."""
+        """Choose how softmax attention is executed in every block, and with `"native"` GELU between integers too."""
         for block in self.blocks:
             if isinstance(block.attn, Attention):
                 block.attn.form = form
+            if isinstance(block.mlp, MLP):
+                block.mlp.native = form == "native"
 
 
 class Block(nn.Module):

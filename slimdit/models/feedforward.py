@@ -7,17 +7,28 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import kernels
+from .linear import Int8Dynamic
+
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh-approximated GELU, named `fc1` and `fc2` as in the original DiT."""
+    """Two linear layers around a tanh-approximated GELU, named `fc1` and `fc2` as in the original DiT.
+
+    `native` says that between integer layers the GELU is that of `kernels.py`. Like the form of attention it is chosen
+    by who runs the model, and never saved.
+    """
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
+        self.native = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same shape."""
+        if self.native and isinstance(self.fc1, Int8Dynamic) and isinstance(self.fc2, Int8Dynamic) and kernels.take(x):
+            levels, step = torch.ops.slimdit.gelu_levels(*self.fc1.product(x), self.fc1.bias)
+            return self.fc2.finished(self.fc2.product_of_levels(levels, x.dtype), step, x)
         return self.fc2(gelu(self.fc1(x)))
 
 

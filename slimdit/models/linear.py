@@ -70,18 +70,33 @@ class Int8Dynamic(Int8WeightOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        return self.finished(*self.product(x), x)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rounded x times the weights, without bias, and the steps of x's rows that are left to multiply by.
+
+        Returns:
+            (n, out_features), in bfloat16 where x is and in float32 otherwise, and (n, 1), float32.
+        """
         rows = x.reshape(-1, self.in_features)
         if FAST_PRODUCT and x.device.type == "cpu":
-            levels, row_scale = shifted_rows(rows)
-            # bfloat16 halves what is written, and its rounding is a third of what int8 itself costs.
-            dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-            product = torch.ops.slimdit.int8_product(levels, self.weight, self.scale, dtype).float() * row_scale
-        else:
-            levels, row_scale = quantize_rows(rows)
-            product = integer_matmul(levels, self.weight).float() * (row_scale * self.scale)
+            levels, step = shifted_rows(rows)
+            return self.product_of_levels(levels, x.dtype), step
+        integers, step = quantize_rows(rows)
+        return integer_matmul(integers, self.weight).float() * self.scale, step
+
+    def product_of_levels(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of a row's unsigned levels, for a float model of `dtype`: (n, out_features)."""
+        # bfloat16 halves what is written, and its rounding is a third of what int8 itself costs.
+        dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return torch.ops.slimdit.int8_product(levels, self.weight, self.scale, dtype)
+
+    def finished(self, product: Tensor, step: Tensor, x: Tensor) -> Tensor:
+        """What the layer answers to x, given its product: (..., out_features), of x's type."""
+        rows = product.float() * step
         if self.bias is not None:
-            product = product + self.bias
-        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+            rows = rows + self.bias
+        return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 LINEARS: Mapping[str, type[PackedLinear]] = {"int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic,

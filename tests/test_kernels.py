@@ -1,0 +1,151 @@
+"""Kernels of our own: functions equal to their definitions, and models that run as before without them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimdit.models import kernels
+from slimdit.models.dit import DiT, uniform
+from slimdit.models.surgery import pack_linears
+from slimdit.pipeline import Pipeline, Runtime
+
+native = pytest.mark.skipif(bool(kernels.missing()), reason=kernels.missing())
+CPU = torch.device("cpu")
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def random_model(depth=2, heads=2, width=96):
+    torch.manual_seed(0)
+    config = uniform(depth=depth, width=width, heads=heads, patch=2, input_size=(10, 6), channels=2, classes=3)
+    model = DiT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(batch):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(batch, 2, 10, 6, generator=generator), torch.arange(batch) * 90, torch.arange(batch) % 4)
+
+
+@native
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 3), st.integers(1, 80), st.booleans(), st.booleans())
+def test_attention_is_its_definition_for_any_size(images, tokens, heads, size, stepped, biased):
+    torch.manual_seed(tokens)
+    inner = heads * size
+    qkv = torch.randn(images * tokens, 3 * inner).bfloat16()
+    steps = torch.rand(images * tokens, 1) + 0.5 if stepped else None
+    bias = torch.randn(3 * inner).bfloat16() if biased else None
+    meant = qkv.double() * (1 if steps is None else steps) + (0 if bias is None else bias)
+    q, k, v = meant.view(images, tokens, 3, heads, size).permute(2, 0, 3, 1, 4)
+    mixed = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(size), -1) @ v
+    actual = torch.ops.slimdit.attend(qkv, steps, bias, images, heads)
+    assert actual.dtype == torch.bfloat16
+    assert relative(actual, mixed.transpose(1, 2).reshape(images * tokens, inner)) < 0.01
+    alone = torch.ops.slimdit.attend(qkv[:tokens], None if steps is None else steps[:tokens], bias, 1, heads)
+    assert torch.equal(alone, actual[:tokens])
+
+
+@native
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 100), st.floats(0.01, 20), st.booleans())
+def test_levels_are_gelu_within_a_step(rows, width, size, biased):
+    torch.manual_seed(rows)
+    x, steps = torch.randn(rows, width).bfloat16(), size * (torch.rand(rows, 1) + 0.1)
+    bias = torch.randn(width).bfloat16() if biased else None
+    levels, level_steps = torch.ops.slimdit.gelu_levels(x, steps, bias)
+    expected = torch.nn.functional.gelu(x.float() * steps + (0 if bias is None else bias.float()), approximate="tanh")
+    assert levels.dtype == torch.uint8 and level_steps.shape == (rows, 1)
+    error = ((levels.float() - 128) * level_steps - expected).abs()
+    assert (error <= 0.502 * level_steps + 0.001 + 0.0003 * expected.abs()).all()
+    assert (level_steps * 127 <= expected.abs().amax(1, keepdim=True) * 1.001 + 0.001).all()  # no coarser than needed
+
+
+@native
+def test_what_is_no_number_is_not_hidden():
+    qkv = torch.randn(20, 3 * 32).bfloat16()
+    qkv[3] = torch.nan
+    assert torch.ops.slimdit.attend(qkv, None, None, 1, 2).isnan().all()
+    _, steps = torch.ops.slimdit.gelu_levels(torch.ones(2, 16).bfloat16(), torch.tensor([[torch.nan], [1.0]]), None)
+    assert steps[0].isnan() and steps[1] > 0
+
+
+@native
+@pytest.mark.parametrize("kind", [None, "int8_dynamic"])
+def test_a_model_gives_with_them_what_it_gives_without(kind):
+    model = random_model()
+    if kind:
+        pack_linears(model, {f"blocks.{block}.{name}": kind for block in range(2)
+                             for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}, {})
+    expected = Pipeline(model).denoise(*inputs(3))
+    native, plain = (Pipeline(model, runtime=Runtime("bfloat16", attention=form)).denoise
+                     for form in ("native", "explicit"))
+    with torch.no_grad():
+        assert relative(native(*inputs(3)), expected) < 1.5 * relative(plain(*inputs(3)), expected) < 0.05
+    fused = model.to(torch.float32)  # the form that bfloat16 left on the model is not for other types
+    torch.testing.assert_close(fused(*inputs(3)), expected)
+
+
+@native
+def test_they_run_inside_a_compiled_model():
+    model = random_model(depth=1)
+    pack_linears(model, {"blocks.0.mlp.fc1": "int8_dynamic", "blocks.0.mlp.fc2": "int8_dynamic"}, {})
+    with torch.no_grad():
+        plain, compiled = (Pipeline(model, runtime=Runtime("bfloat16", compiled, "native")).denoise(*inputs(2))
+                           for compiled in (False, True))
+    assert relative(compiled, plain.double()) < 0.02
+
+
+@native
+def test_gradients_pass_where_they_are_asked_for():
+    model = random_model(depth=1).bfloat16()
+    model.use_attention("native")
+    x, t, y = inputs(2)
+    model(x.bfloat16(), t, y).float().square().sum().backward()
+    assert model.blocks[0].attn.qkv.weight.grad.norm() > 0
+
+
+def test_auto_is_native_for_bfloat16_on_a_cpu_that_has_them(monkeypatch):
+    monkeypatch.setattr(kernels, "missing", str)
+    assert Runtime("bfloat16", compile=True).attention_form(64, CPU) == "native"
+    assert Runtime("bfloat16").attention_form(2048, CPU) == "native"
+    assert Runtime("float32", compile=True).attention_form(64, CPU) == "explicit"
+    assert Runtime("bfloat16", compile=True).attention_form(64, torch.device("cuda")) == "fused"
+
+
+def test_without_them_models_run_as_before_and_asking_for_them_says_why(monkeypatch):
+    monkeypatch.setattr(kernels, "missing", lambda: "no C++ compiler was found")
+    assert Runtime("bfloat16", compile=True).attention_form(64, CPU) == "explicit"
+    with pytest.raises(ValueError, match="native attention cannot be had: no C\\+\\+ compiler was found; use auto"):
+        Runtime("bfloat16", attention="native").attention_form(64, CPU)
+    with pytest.raises(ValueError, match="cannot be had: it is for bfloat16 on a CPU"):
+        Runtime(attention="native").attention_form(64, CPU)
+
+
+@pytest.mark.skipif("they are for" in kernels.unsuitable(), reason="another system")
+def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "unsuitable", str)
+    monkeypatch.setattr(kernels, "compiler", lambda: "false")
+    kernels.loaded.cache_clear()
+    try:
+        assert "kernels.cpp was not compiled" in kernels.missing() == kernels.missing()
+        assert len(caplog.records) == 1 and "slower than they could" in caplog.text
+        assert list((tmp_path / "slimdit").iterdir()) == []
+    finally:
+        kernels.loaded.cache_clear()
+
+
+@native
+def test_they_are_compiled_once_into_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = kernels.compiled()
+    written = path.stat().st_mtime_ns
+    assert path.parent == tmp_path / "slimdit" and kernels.compiled().stat().st_mtime_ns == written
