@@ -170,6 +170,16 @@ def test_low_precision_is_near(kind, dtype):
     assert (answer - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.parametrize("kind, options", [("softmax", {"conv": 3}), ("softmax", {"kv_heads": 2}), ("mediated", {}),
+                                           ("focused", {})], ids=str)
+@torch.no_grad()
+def test_the_kernel_for_plain_softmax_is_not_asked_for_others(kind, options):
+    layer, x = built(kind, (4, 4), **options).bfloat16(), given_tokens((4, 4)).bfloat16()
+    expected = layer(x)
+    layer.form = "native"
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("kind", BUILD)
 @torch.no_grad()
 def test_a_new_convolution_changes_no_bit(kind):
