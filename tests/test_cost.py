@@ -48,6 +48,32 @@ def test_a_pair_in_adaln_is_counted_as_its_two_layers():
     assert parameters(CONFIG) - parameters(thin) == 16 * 96 - 5 * (16 + 96) + 16 * 32 - 3 * (16 + 32)
 
 
+def test_every_attention_by_hand():
+    """8 tokens of width 16, 2 heads of 8."""
+    def counted(**options):
+        one = macs(replace(CONFIG, blocks=(BlockConfig(2, 8, 64, **options),)))
+        return one.attention_linears, one.attention_mixing
+
+    softmax, convolution = 2 * 8 * 8 * 16, 8 * 9 * 16
+    assert counted() == (8 * 16 * 64, softmax)
+    assert counted(conv=3) == (8 * 16 * 64, softmax + convolution)
+    assert counted(kv_heads=1) == (8 * 16 * (16 + 8 + 8 + 16), softmax)
+    assert counted(kv_heads=1, conv=3) == (8 * 16 * 48, softmax + convolution // 2)
+    assert counted(attention="mediated", mediators=(3, 1)) == (8 * 16 * 64, 4 * 3 * 8 * 16)
+    assert counted(attention="focused") == (8 * 16 * 64, 8 * 2 * (8 * 8 + 8 * 8 + 8))
+    assert counted(attention="focused", kv_heads=1) == (8 * 16 * 48, 8 * (8 * 8 + 2 * (8 * 8 + 8)))
+
+
+def test_linear_attention_costs_a_token_the_same_however_many_there_are():
+    def a_token(side, **options):
+        config = replace(CONFIG, input_size=(side, side), blocks=(BlockConfig(2, 8, 64, **options),))
+        return macs(config).attention_mixing / config.tokens
+
+    for linear in ({"attention": "focused", "conv": 5}, {"attention": "mediated", "mediators": (2, 2)}):
+        assert a_token(8, **linear) == a_token(32, **linear)
+    assert a_token(32) == 16 * a_token(8)
+
+
 def test_unknown_attention_is_refused_not_guessed():
     block = replace(CONFIG.blocks[0])
     object.__setattr__(block, "attention", "novel")

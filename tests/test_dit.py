@@ -237,6 +237,8 @@ def test_low_rank_adaln_has_its_names_begins_silent_and_shrinks_with_the_twin():
     ({"final_adaln_rank": 0}, "final_adaln_rank must be a whole number above 0"),
     ({"final_adaln_rank": UNEVEN.width}, "is not below the width"),
     ({"blocks": (BlockConfig(2, 4, 8, adaln_rank=UNEVEN.width + 1),)}, "is not below the width"),
+    ({"blocks": (BlockConfig(2, 4, 8, "mediated", mediators=UNEVEN.grid),)}, "tokens save nothing: use fewer"),
+    ({"blocks": (BlockConfig(2, 4, 8, "mediated", mediators=(UNEVEN.grid[0] + 1, 1)),)}, "no more along a side than"),
 ])
 def test_bad_configs_are_refused_with_a_sentence(change, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -248,10 +250,33 @@ def test_bad_configs_are_refused_with_a_sentence(change, sentence):
     ({"head_dim": 1.5}, "head_dim must be a whole number above 0"),
     ({"attention": "softmx"}, "attention 'softmx' is unknown; use one of softmax"),
     ({"adaln_rank": 0}, "adaln_rank must be a whole number above 0"),
+    ({"kv_heads": 0}, "kv_heads must be a whole number above 0"),
+    ({"heads": 6, "kv_heads": 4}, "4 heads of keys and values do not divide 6 heads into groups"),
+    ({"kv_heads": 2}, "2 heads of keys and values do not divide 2 heads into groups"),
+    ({"conv": 4}, "conv is the side of the convolution, 3 or 5, not 4"),
+    ({"mediators": (1, 2)}, r"mediators go with mediated attention .* this is softmax with \(1, 2\)"),
+    ({"attention": "mediated"}, "this is mediated with None"),
+    ({"attention": "mediated", "mediators": (1, 0)}, "mediators must be a whole number above 0"),
+    ({"attention": "mediated", "mediators": (1, 2, 3)}, "mediators are rows and columns"),
 ])
 def test_bad_blocks_are_refused_with_a_sentence(block, sentence):
     with pytest.raises(ValueError, match=sentence):
         BlockConfig(**{"heads": 2, "head_dim": 4, "mlp_width": 8, **block})
+
+
+def test_blocks_of_every_attention_are_described_and_built_again():
+    blocks = (BlockConfig(4, 4, 8), BlockConfig(4, 4, 8, "mediated", mediators=(1, 3), kv_heads=2),
+              BlockConfig(4, 4, 8, "focused", conv=3, kv_heads=1), BlockConfig(4, 2, 8, conv=5))
+    config = DiTConfig(input_size=(4, 24), channels=1, classes=3, patch=2, width=16, blocks=blocks)
+    again = DiTConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    model = DiT(again)
+    assert model(torch.randn(2, 1, 4, 24), torch.tensor([3, 700]), torch.tensor([0, 3])).shape == (2, 2, 4, 24)
+    model.use_attention("explicit")
+    assert {block.attn.form for block in model.blocks} == {"explicit"}
+    small = DiT(twin(config))
+    assert [block.attn.kv_heads for block in small.blocks] == [4, 2, 1, 4]
+    assert small.blocks[1].attn.mediators == (1, 3)
 
 
 def test_other_refusals():

@@ -102,6 +102,31 @@ def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, ca
     assert result["provenance"]["command"] == f"python -m benchmarks.{name} {' '.join(arguments)}"
 
 
+def test_kinds_of_attention_are_timed_against_both_forms_of_softmax(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.attention_kinds")
+    monkeypatch.setattr(sys, "argv", ["attention_kinds", "--tokens", "12", "16", "--modes", "eager", "--batch", "1",
+                                      "--heads", "4", "--head-dim", "8", "--mediators", "4", "--rounds", "2"])
+    room.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["kind"], row["tokens"], row["against"]) for row in rows] == [
+        (kind, tokens, form) for kind in room.KINDS for tokens in (12, 16) for form in ("fused", "explicit")]
+    assert all(0 < row["low"] <= row["high"] and row["slope"] is not None for row in rows)
+
+
+def test_slope_and_crossover_of_attention_are_said_of_the_whole_series():
+    room = importlib.import_module("benchmarks.attention_kinds")
+
+    def rows(seconds, lows):
+        return [{"tokens": tokens, "against": form, "b_seconds": second, "low": low - (form == "explicit") * 0.01}
+                for tokens, second, low in zip((64, 256, 1024), seconds, lows) for form in ("fused", "explicit")]
+
+    assert room.slope(rows((1, 3, 12), (1, 1, 1))) == 1.0 and room.slope(rows((1, 1, 16), (1, 1, 1))) == 2.0
+    assert room.slope(rows((1, 3, 12), (1, 1, 1))[:2]) is None
+    assert room.crossover(rows((1, 1, 1), (0.5, 1.2, 1.5))) == 256
+    assert room.crossover(rows((1, 1, 1), (1.2, 1.005, 1.5))) == 1024  # not faster than the explicit form in between
+    assert room.crossover(rows((1, 1, 1), (1.2, 1.5, 0.9))) is None
+
+
 def test_the_memory_benchmark_compares_every_kind_with_float32(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.load_memory")
     monkeypatch.setattr(room, "fresh", lambda model, tiny, what: room.measure(model, tiny, "forward" in what) + 1)

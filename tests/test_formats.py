@@ -531,12 +531,16 @@ def test_what_diffusers_cannot_be_is_refused(tmp_path):
     uneven = replace(tiny(), blocks=(BlockConfig(4, 8, 128), BlockConfig(2, 8, 128)))
     narrow = replace(tiny(), blocks=(BlockConfig(2, 8, 128),) * 2)
     thin, thin_end = replace(tiny(), blocks=(BlockConfig(4, 8, 128, adaln_rank=5),) * 2), tiny(final_adaln_rank=6)
+    focused, grouped, conv = (replace(tiny(), blocks=(BlockConfig(4, 8, 128, **options),) * 2) for options in (
+        {"attention": "focused"}, {"kv_heads": 2}, {"conv": 3}))
     packed = DiT(tiny())
     pack_linear(packed, "blocks.0.mlp.fc1", "int8_dynamic")
     packed.config = replace(packed.config, linears={"blocks.0.mlp.fc1": "int8_dynamic"})
     for model, word in ((DiT(tiny(input_size=(8, 12))), "square"), (DiT(uneven), "alike"), (DiT(narrow), "as wide"),
                         (DiT(tiny(mlp_ratio=2.0)), "four times"), (packed, "int8_dynamic"),
-                        (DiT(thin), "pair of rank 5"), (DiT(thin_end), "pair of rank 6")):
+                        (DiT(focused), "this model's is focused"), (DiT(grouped), "share keys and values"),
+                        (DiT(conv), "convolution of the values"), (DiT(thin), "pair of rank 5"),
+                        (DiT(thin_end), "pair of rank 6")):
         with pytest.raises(FormatError, match=word) as caught:
             formats.save(Pipeline(model), tmp_path / "x", format="diffusers")
         assert caught.value.exit_code == 3

@@ -20,7 +20,7 @@ from slimdit.files import read_tensors
 from slimdit.models.dit import DiT, uniform
 from slimdit.sampling.process import NoiseProcess
 from slimdit.training.data import ArrayImages
-from slimdit.training.loop import Batch, TrainConfig, TrainState, denoising_loss, draw_batches, train
+from slimdit.training.loop import Batch, TrainConfig, TrainState, denoising_loss, descend, draw_batches, train
 
 QUICK = TrainConfig(steps=6, batch=8, learning_rate=1e-3, precision="fp32", ema=0.9, checkpoint_every=2, log_every=2)
 
@@ -438,3 +438,29 @@ def test_two_processes_train_one_model(tmp_path):
     assert [line["step"] for line in curve(tmp_path / "run")] == [2, 4, 6]
     start = weights(tiny_model(seed=0))
     assert any(not torch.equal(ranks[0][name], start[name]) for name in start)
+
+
+def test_descending_fits_a_small_layer_and_asks_for_the_loss_of_every_step():
+    generator = torch.Generator().manual_seed(0)
+    x, goal = torch.randn(64, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    layer, asked = torch.nn.Linear(4, 3), []
+
+    def loss(step: int) -> torch.Tensor:
+        asked.append(step)
+        return (layer(x) - x @ goal.T).square().mean()
+
+    with torch.no_grad():  # as methods call it
+        descend(layer, loss, steps=200, rate=0.1)
+    assert asked == list(range(200)) and loss(0) < 1e-3
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_descending_puts_weights_back_where_they_may_be():
+    layer = torch.nn.Linear(2, 2)
+
+    @torch.no_grad()
+    def project() -> None:
+        layer.weight[0] = 0
+
+    descend(layer, lambda step: (layer(torch.ones(1, 2)) - 1).square().sum(), steps=3, rate=0.1, project=project)
+    assert (layer.weight[0] == 0).all() and (layer.weight[1] != 0).all()

@@ -22,6 +22,7 @@ from slimdit.methods.prune_weights import PruneWeights
 from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
+from slimdit.methods.simplify_attention import SimplifyAttention
 from slimdit.methods.sparse_experts import SparseExperts
 from slimdit.models.dit import BlockConfig, DiT, uniform
 from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
@@ -51,6 +52,8 @@ EXAMPLES = {
     "low_rank_adaln": LowRankAdaln(final=True),
     "sparse_experts partition": SparseExperts(experts=4, active=3, images=4),
     "sparse_experts upcycle": SparseExperts("upcycle", experts=4, router="timestep", images=2),
+    "simplify_attention mediated": SimplifyAttention(mediators=4, conv=3, regression=20, images=4),
+    "simplify_attention focused": SimplifyAttention("focused", groups=1, regression=20, distill=1, images=4, samples=4),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
@@ -61,6 +64,7 @@ NEUTRAL = {
     "prune_depth": PruneDepth(keep=2),
     "low_rank_adaln": LowRankAdaln(rank=1.0),
     "sparse_experts": SparseExperts(blocks=()),
+    "simplify_attention": SimplifyAttention(blocks=0.0),
     "prune_weights": PruneWeights(sparsity=0.0),
     "finetune": Finetune(steps=0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
+from slimdit.models.dit import uniform
 from slimdit.recipe import (
     Recipe,
     applicable,
@@ -140,8 +140,8 @@ def test_to_toml_spells_defaults_out():
 def test_shipped_recipes_are_named_as_their_file_described_and_pass_on_a_twin(name):
     recipe = find(name)
     assert recipe.name == name and recipe.model == "bundled" and recipe.description
-    deep = replace(SMALL, blocks=SMALL.blocks[:1] * 5)  # as the bundled model is
-    assert [entry["method"] for entry in check(recipe, deep)] == [next(iter(m)) for m in recipe.to_dict()["methods"]]
+    alike = uniform(depth=5, width=24, heads=6, patch=1, input_size=(8, 8), channels=1, classes=3)  # as bundled
+    assert [entry["method"] for entry in check(recipe, alike)] == [next(iter(m)) for m in recipe.to_dict()["methods"]]
 
 
 def test_recipes_are_read_without_torch():

@@ -1,18 +1,21 @@
 """Changes of a model's layers that must not change its answers, or say why they cannot be made."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from slimdit.models.dit import BlockConfig, DiT, DiTConfig
+from slimdit.models.dit import BlockConfig, DiT, DiTConfig, attention_of
 from slimdit.models.rounding import INT4, INT8
 from slimdit.models.surgery import (
     SMOOTHABLE,
     integer_grid,
+    keep_heads,
     pack_linears,
     packable_linears,
+    put_attention,
     smooth_inputs,
     unsmoothable,
 )
@@ -81,6 +84,44 @@ def test_what_cannot_be_smoothed_is_said(model):
     model.blocks[0].attn = nn.Sequential()
     assert "softmax attention alone: protect blocks.0.attn.qkv" in unsmoothable(model, 0, "attn.qkv")
     assert unsmoothable(model, 0, "mlp.fc1") == ""
+
+
+OTHERS = (BlockConfig(4, 6, 40, conv=3), BlockConfig(4, 6, 40, "focused", conv=3),
+          BlockConfig(4, 6, 40, "mediated", mediators=(1, 2)), BlockConfig(4, 6, 40, kv_heads=2))
+
+
+def other_model(block):
+    torch.manual_seed(0)
+    model = DiT(DiTConfig((8, 8), 1, 3, 2, 24, (block,))).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=str)
+def test_smoothing_leaves_the_answers_of_every_attention(block):
+    model = other_model(block)
+    before = answer(model)
+    for layer in SMOOTHABLE:
+        if layer == "attn.proj" and block.kv_heads:
+            assert "share their values between heads: protect it" in unsmoothable(model, 0, layer)
+        else:
+            smooth_inputs(model, 0, layer, factors(model, 0, layer))
+    assert (answer(model) - before).norm() < 1e-5 * before.norm()
+
+
+def test_an_attention_is_put_where_its_config_describes_it(model):
+    block = replace(CONFIG.blocks[1], kv_heads=2, conv=3)
+    attention = attention_of(24, block, CONFIG.grid)
+    put_attention(model, 1, block, attention)
+    assert model.blocks[1].attn is attention and model.config.blocks[1] == block and config_mismatch(model) == ""
+    with pytest.raises(ValueError, match="block 0: the attention is not the one that"):
+        put_attention(model, 0, CONFIG.blocks[0], attention)
+    with pytest.raises(ValueError, match="block 1: only heads of plain softmax attention can be cut"):
+        keep_heads(model, 1, [0])
+    pack_linears(model, {"blocks.0.mlp.fc1": "int8_weight_only"})
+    with pytest.raises(ValueError, match="1 layers are packed integers"):
+        put_attention(model, 1, block, attention)
 
 
 def test_every_linear_layer_can_be_packed_and_kinds_say_their_grids(model):

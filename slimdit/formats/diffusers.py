@@ -310,6 +310,9 @@ def require_plain(pipeline: Pipeline) -> None:
     if block.experts:
         raise FormatError(f"diffusers' DiT has one MLP in a block, this model {block.experts.count} experts: {instead}",
                           3)
+    if block.kv_heads or block.conv:
+        has = "heads that share keys and values" if block.kv_heads else "a convolution of the values"
+        raise FormatError(f"diffusers' DiT has plain softmax attention, this model's has {has}: {instead}", 3)
     if block.heads * block.head_dim != config.width or block.mlp_width != 4 * config.width:
         inner = block.heads * block.head_dim
         raise FormatError(f"diffusers' DiT has attention as wide as its tokens and an MLP of four times that, this "

@@ -13,6 +13,7 @@ from .prune_weights import PruneWeights
 from .prune_width import PruneWidth
 from .quantize import Quantize
 from .reduce_steps import ReduceSteps
+from .simplify_attention import SimplifyAttention
 from .sparse_experts import SparseExperts
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ METHODS: Mapping[str, type] = {
     "prune_depth": PruneDepth,
     "prune_width": PruneWidth,
     "low_rank_adaln": LowRankAdaln,
+    "simplify_attention": SimplifyAttention,
     "sparse_experts": SparseExperts,
     "reduce_steps": ReduceSteps,
     "prune_weights": PruneWeights,

@@ -150,7 +150,7 @@ class Branch:
 
 def branches(model: DiT, name: str) -> list[Branch]:
     """The branches of a name, one per block, refused where they are not the kind that can be cut."""
-    from ..models.attention import SoftmaxAttention
+    from ..models.attention import is_plain
     from ..models.feedforward import MLP
 
     require_float(model)
@@ -162,9 +162,10 @@ def branches(model: DiT, name: str) -> list[Branch]:
                                             f"{type(block.mlp).__name__}: put it before what replaces them")
             found.append(Branch(number, name, block.mlp.fc1, block.mlp.fc2, block.mlp.fc2.in_features))
         else:
-            require(type(block.attn) is SoftmaxAttention,
-                    f"prune_width cuts heads of softmax attention, and block {number} has a "
-                    f"{type(block.attn).__name__}: leave heads at 1, or put it before what replaces attention")
+            require(is_plain(block.attn),
+                    "prune_width cuts heads of softmax attention with keys of their own and no convolution, and block "
+                    f"{number} has a {type(block.attn).__name__}: leave heads at 1, or put it before what replaces "
+                    "attention")
             found.append(Branch(number, name, block.attn.qkv, block.attn.proj, block.attn.heads))
     return found
 

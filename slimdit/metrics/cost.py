@@ -26,7 +26,7 @@ class Macs:
         condition: the two linear layers of the timestep embedding; the label is a look-up.
         modulation: the adaLN layers of the blocks and of the final layer, once per image.
         attention_linears: qkv and the output projection.
-        attention_mixing: scores and weighted sums, fused or not.
+        attention_mixing: scores and weighted sums, fused or not, and a convolution of the values.
         mlp: both linear layers of every block; of experts, those that tokens are put through.
         routing: scores of experts.
         output: the final linear layer.
@@ -55,8 +55,8 @@ class Macs:
 def macs(config: DiTConfig) -> Macs:
     """Multiply-accumulates of one forward pass of one image.
 
-    Norms, activations, biases and additions are left out, as is the field's custom. A layer of packed integers counts
-    as the layer it replaced.
+    Norms, activations, averages, biases and additions are left out, as is the field's custom. A layer of packed
+    integers counts as the layer it replaced.
 
     Raises:
         ValueError: a block has an attention kind that this count does not know.
@@ -110,9 +110,12 @@ def _modulation_macs(width: int, outputs: int, rank: int | None) -> int:
 
 
 def _attention_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
-    if block.attention not in ATTENTION_MACS:
-        raise ValueError(f"cost: attention {block.attention!r} has no MAC count; add one to ATTENTION_MACS")
-    return ATTENTION_MACS[block.attention](block, width, tokens)
+    """MACs of the two linear layers, and of everything between them."""
+    if block.attention not in MIXING_MACS:
+        raise ValueError(f"cost: attention {block.attention!r} has no MAC count; add one to MIXING_MACS")
+    inner, shared = block.heads * block.head_dim, (block.kv_heads or block.heads) * block.head_dim
+    convolution = tokens * shared * block.conv ** 2 if block.conv else 0
+    return tokens * width * (2 * inner + 2 * shared), MIXING_MACS[block.attention](block, tokens) + convolution
 
 
 def _feed_forward_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
@@ -121,10 +124,24 @@ def _feed_forward_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int
     return 2 * tokens * width * block.mlp_width, 0
 
 
-def _softmax_macs(block: BlockConfig, width: int, tokens: int) -> tuple[int, int]:
-    inner = block.heads * block.head_dim
-    return 4 * tokens * width * inner, 2 * tokens * tokens * inner
+def _softmax_macs(block: BlockConfig, tokens: int) -> int:
+    """Every token asks every other: scores, then weighted sums. That heads share keys changes nothing here."""
+    return 2 * tokens * tokens * block.heads * block.head_dim
 
 
-ATTENTION_MACS: Mapping[str, Callable[[BlockConfig, int, int], tuple[int, int]]] = {"softmax": _softmax_macs}
-"""MACs of (linears, mixing) by attention kind, from (block, width, tokens)."""
+def _mediated_macs(block: BlockConfig, tokens: int) -> int:
+    """Mediators ask the tokens, and tokens the mediators."""
+    rows, columns = block.mediators or (0, 0)
+    return 4 * rows * columns * tokens * block.heads * block.head_dim
+
+
+def _focused_macs(block: BlockConfig, tokens: int) -> int:
+    """Sums of keys times values, what each query takes of them, and its denominator."""
+    state, query = block.head_dim ** 2, block.head_dim ** 2 + block.head_dim
+    return tokens * ((block.kv_heads or block.heads) * state + block.heads * query)
+
+
+MIXING_MACS: Mapping[str, Callable[[BlockConfig, int], int]] = {
+    "softmax": _softmax_macs, "mediated": _mediated_macs, "focused": _focused_macs,
+}
+"""MACs of the mixing of tokens by attention kind, from (block, tokens)."""

@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionForm, SoftmaxAttention
+from .attention import Attention, AttentionForm, FocusedAttention, MediatedAttention, SoftmaxAttention
 from .experts import Experts, feed_forward
 from .experts_config import ExpertsConfig, experts_config
+from .feedforward import MLP
 from .linear import LowRank, replace_linear
 from .presets import PATCHES, PRESETS
 
 FREQUENCIES = 256  # features of the sinusoidal timestep embedding, fixed in every published DiT
 NORM_EPS = 1e-6
 
-ATTENTION: Mapping[str, Callable[..., nn.Module]] = {"softmax": SoftmaxAttention}
-"""Attention kinds by the name that `BlockConfig.attention` gives: built with (width, heads, head_dim)."""
+ATTENTION: Mapping[str, Callable[..., Attention]] = {
+    "softmax": SoftmaxAttention, "mediated": MediatedAttention, "focused": FocusedAttention,
+}
+"""Attention kinds by the name that `BlockConfig.attention` gives; `attention_of` builds them."""
+CONVOLUTIONS = (3, 5)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,13 @@ class BlockConfig:
         mlp_width: hidden units of the MLP, or of its experts and the shared units together.
         adaln_rank: rank of the pair of linear layers that adaLN's one was replaced by; None is the one layer.
         experts: how the hidden units are shared out among experts; None is one MLP for every token.
+        kv_heads: heads of keys and values where groups of heads share them; None is one for each head.
+        conv: side of the depth-wise convolution of the values that attention adds, 3 or 5; None is none.
+        mediators: rows and columns of mediators, of `"mediated"` attention alone.
 
     Raises:
-        ValueError: a size is not positive, the attention kind is unknown, or the hidden units cannot be shared out.
+        ValueError: a size is not positive, the attention kind is unknown, an option does not go with it, or the hidden
+            units cannot be shared out.
     """
 
     heads: int
@@ -46,16 +54,32 @@ class BlockConfig:
     attention: str = "softmax"
     adaln_rank: int | None = None
     experts: ExpertsConfig | None = None
+    kv_heads: int | None = None
+    conv: int | None = None
+    mediators: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "head_dim", "mlp_width"):
             _require_positive("block", name, getattr(self, name))
-        if self.adaln_rank is not None:
-            _require_positive("block", "adaln_rank", self.adaln_rank)
+        for name in ("adaln_rank", "kv_heads"):
+            if getattr(self, name) is not None:
+                _require_positive("block", name, getattr(self, name))
         if self.attention not in ATTENTION:
             raise ValueError(f"block: attention {self.attention!r} is unknown; use one of {', '.join(ATTENTION)}")
         if self.experts is not None:
             self.experts.units(self.mlp_width)  # refuses what cannot be shared out
+        if self.kv_heads is not None and (self.heads % self.kv_heads or self.kv_heads == self.heads):
+            raise ValueError(f"block: {self.kv_heads} heads of keys and values do not divide {self.heads} heads into "
+                             "groups: use a smaller number that divides them, or leave kv_heads out")
+        if self.conv is not None and self.conv not in CONVOLUTIONS:
+            raise ValueError(f"block: conv is the side of the convolution, 3 or 5, not {self.conv!r}")
+        if (self.mediators is not None) != (self.attention == "mediated"):
+            raise ValueError(f"block: mediators go with mediated attention and only with it, and this is "
+                             f"{self.attention} with {self.mediators}")
+        for side in self.mediators or ():
+            _require_positive("block", "mediators", side)
+        if self.mediators is not None and len(self.mediators) != 2:
+            raise ValueError(f"block: mediators are rows and columns, not {self.mediators}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +102,8 @@ class DiTConfig:
         final_adaln_rank: as `BlockConfig.adaln_rank`, of the final layer.
 
     Raises:
-        ValueError: a size is not positive, the patch does not divide the input, the width is not a multiple of 4, or a
-            rank of adaLN is not below the width.
+        ValueError: a size is not positive, the patch does not divide the input, the width is not a multiple of 4, a
+            rank of adaLN is not below the width, or there are too many mediators.
     """
 
     input_size: tuple[int, int]
@@ -112,6 +136,8 @@ class DiTConfig:
             if rank is not None and rank >= self.width:
                 raise ValueError(f"model: an adaLN rank of {rank} is not below the width {self.width}: leave it out "
                                  "for the one full layer")
+        for block in self.blocks:
+            _require_few_mediators(block.mediators, self.grid)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -147,8 +173,7 @@ class DiTConfig:
         try:
             values = dict(data)
             values["input_size"] = tuple(values["input_size"])
-            values["blocks"] = tuple(BlockConfig(**{**block, "experts": experts_config(block.get("experts"))})
-                                     for block in values["blocks"])
+            values["blocks"] = tuple(_block_from_dict(block) for block in values["blocks"])
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"model config: {error}") from error
@@ -227,7 +252,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.width, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.label_rows, config.width)
         self.register_buffer("pos_embed", position_embedding(config.grid, config.width)[None])
-        self.blocks = nn.ModuleList(Block(config.width, block, config.mlp_norm_eps) for block in config.blocks)
+        self.blocks = nn.ModuleList(Block(config.width, block, config.mlp_norm_eps, config.grid)
+                                    for block in config.blocks)
         self.final_layer = FinalLayer(config.width, config.patch, config.out_channels, config.final_adaln_rank)
         self.initialise()
         for name, kind in config.linears.items():
@@ -274,7 +300,7 @@ class DiT(nn.Module):
     def use_attention(self, form: AttentionForm) -> None:
         """Choose how softmax attention is executed in every block, and with `"native"` GELU between integers too."""
         for block in self.blocks:
-            if isinstance(block.attn, SoftmaxAttention):
+            if isinstance(block.attn, Attention):
                 block.attn.form = form
             if isinstance(block.mlp, MLP):
                 block.mlp.native = form == "native"
@@ -283,10 +309,10 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (the paper's figure 3, adaLN-Zero)."""
 
-    def __init__(self, width: int, config: BlockConfig, mlp_norm_eps: float) -> None:
+    def __init__(self, width: int, config: BlockConfig, mlp_norm_eps: float, grid: tuple[int, int]) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.attn = ATTENTION[config.attention](width, config.heads, config.head_dim)
+        self.attn = attention_of(width, config, grid)
         self.norm2 = nn.LayerNorm(width, eps=mlp_norm_eps, elementwise_affine=False)
         self.mlp = feed_forward(width, config.mlp_width, config.experts)
         self.adaLN_modulation = modulation(width, 6 * width, config.adaln_rank)
@@ -316,6 +342,13 @@ class FinalLayer(nn.Module):
         """(batch, tokens, width) to (batch, tokens, patch * patch * out_channels)."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def attention_of(width: int, block: BlockConfig, grid: tuple[int, int]) -> Attention:
+    """The attention that a block's config describes, on a grid of tokens, with new weights."""
+    only = {"mediators": block.mediators} if block.mediators else {}
+    return ATTENTION[block.attention](width, block.heads, block.head_dim, kv_heads=block.kv_heads, conv=block.conv,
+                                      grid=grid, **only)
 
 
 def modulation(width: int, outputs: int, rank: int | None) -> nn.Sequential:
@@ -399,6 +432,24 @@ def unpatchify(tokens: Tensor, config: DiTConfig) -> Tensor:
 def _zero(parameter: Tensor | None) -> None:
     if parameter is not None:
         nn.init.zeros_(parameter)
+
+
+def _block_from_dict(data: Mapping[str, Any]) -> BlockConfig:
+    """JSON knows lists alone."""
+    values = dict(data)
+    if values.get("mediators") is not None:
+        values["mediators"] = tuple(values["mediators"])
+    return BlockConfig(**{**values, "experts": experts_config(values.get("experts"))})
+
+
+def _require_few_mediators(mediators: tuple[int, int] | None, grid: tuple[int, int]) -> None:
+    """Mediators cost 2 m / n of softmax's scores: with half as many as tokens nothing is saved."""
+    if mediators is None:
+        return
+    count, tokens = mediators[0] * mediators[1], grid[0] * grid[1]
+    if 2 * count >= tokens or mediators[0] > grid[0] or mediators[1] > grid[1]:
+        raise ValueError(f"model: {mediators[0]}x{mediators[1]} mediators for {grid[0]}x{grid[1]} tokens save nothing: "
+                         f"use fewer than {-(-tokens // 2)}, no more along a side than there are tokens")
 
 
 def _require_positive(where: str, name: str, value: Any) -> None:

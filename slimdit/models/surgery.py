@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import SoftmaxAttention
-from .dit import Block, DiT, FinalLayer
+from .attention import Attention, is_plain
+from .dit import Block, BlockConfig, DiT, FinalLayer, attention_of
 from .experts import TimestepExperts, TokenExperts, feed_forward
 from .experts_config import ExpertsConfig
 from .feedforward import MLP
@@ -59,9 +59,9 @@ def smooth_inputs(model: DiT, block: int, layer: str, divisor: Tensor) -> None:
 
     SmoothQuant (arXiv 2211.10438, equation 3) at no cost. The norms before qkv and fc1 have no weights, so that the
     division goes where their input is shifted and scaled, into the adaLN rows: x (1 + scale) + shift, divided by s,
-    is x (1 + scale') + shift' with scale' = scale / s + (1 / s - 1) and shift' = shift / s. Attention mixes values
-    channel by channel, so that proj's goes into the value rows of qkv. fc2 stands behind a GELU, which no division
-    passes through.
+    is x (1 + scale') + shift' with scale' = scale / s + (1 / s - 1) and shift' = shift / s. Attention of any kind mixes
+    values channel by channel, so that proj's goes into the value rows of qkv. fc2 stands behind a GELU, which no
+    division passes through.
 
     Args:
         layer: one of `SMOOTHABLE`.
@@ -72,11 +72,13 @@ def smooth_inputs(model: DiT, block: int, layer: str, divisor: Tensor) -> None:
     """
     if reason := unsmoothable(model, block, layer):
         raise ValueError(reason)
-    where = model.blocks[block]
+    where: Any = model.blocks[block]
     linear, source = float_linear(where, layer), float_linear(where, _source(layer))
     linear.weight.mul_(divisor)
     if layer == "attn.proj":
         _divide_rows(source, 2, divisor)
+        if where.attn.conv is not None:  # whose weights meet the divided values
+            where.attn.conv.bias /= divisor
         return
     first = 0 if layer == "attn.qkv" else 3  # adaLN's six parts: shift, scale and gate of attention, then of the MLP
     _divide_rows(source, first, divisor)
@@ -87,11 +89,14 @@ def smooth_inputs(model: DiT, block: int, layer: str, divisor: Tensor) -> None:
 
 def unsmoothable(model: DiT, block: int, layer: str) -> str:
     """Why the inputs of a block's layer cannot be divided, in a sentence with its remedy; empty where they can."""
-    where, part = model.blocks[block], f"blocks.{block}.{layer}"
+    where: Any = model.blocks[block]
+    part = f"blocks.{block}.{layer}"
     if layer not in SMOOTHABLE:
         return f"no division of the inputs of {part} can be folded: use one of {', '.join(SMOOTHABLE)}"
-    if layer.startswith("attn.") and type(where.attn) is not SoftmaxAttention:
+    if layer.startswith("attn.") and not isinstance(where.attn, Attention):
         return f"smoothing is worked out for softmax attention alone: protect {part}, or leave smooth out"
+    if layer == "attn.proj" and not where.attn.is_whole:
+        return f"the inputs of {part} share their values between heads: protect it, or leave smooth out"
     modules = dict(where.named_modules())
     for name in (layer, _source(layer)):
         if type(modules.get(name)) is not nn.Linear:
@@ -131,19 +136,37 @@ def keep_heads(model: DiT, block: int, heads: Sequence[int]) -> None:
     """Cut a block's attention down to these heads: their rows of q, k and v, their columns of the projection.
 
     Raises:
-        ValueError: layers are packed, the attention is not softmax, or the heads are not ascending and in range.
+        ValueError: layers are packed, the attention is not plain softmax, or the heads are not ascending and in range.
     """
     attention = _cuttable(model, block).attn
-    if type(attention) is not SoftmaxAttention:
-        raise ValueError(f"block {block}: only heads of softmax attention can be cut, and this is "
-                         f"{type(attention).__name__}")
+    if not is_plain(attention):
+        raise ValueError(f"block {block}: only heads of plain softmax attention can be cut, and it has "
+                         f"another ({type(attention).__name__})")
     kept = _chosen(heads, attention.heads, f"block {block}: heads")
     inner = attention.heads * attention.head_dim
     columns = torch.arange(inner).view(attention.heads, attention.head_dim)[kept].flatten()
     _keep_rows(attention.qkv, torch.cat([columns, columns + inner, columns + 2 * inner]))
     _keep_columns(attention.proj, columns)
-    attention.heads = len(kept)
+    attention.heads = attention.kv_heads = len(kept)
     _describe(model, block, heads=len(kept))
+
+
+def put_attention(model: DiT, block: int, config: BlockConfig, attention: Attention) -> None:
+    """Put another attention in the place of a block's, as a config of the block describes it.
+
+    Raises:
+        ValueError: layers are packed, or the attention does not have the names and shapes that the config says.
+    """
+    place = _cuttable(model, block)
+    with torch.device("meta"):
+        expected = attention_of(model.config.width, config, model.config.grid).state_dict()
+    if {name: tensor.shape for name, tensor in expected.items()} != {
+            name: tensor.shape for name, tensor in attention.state_dict().items()}:
+        raise ValueError(f"block {block}: the attention is not the one that {config} describes")
+    place.attn = attention
+    blocks = list(model.config.blocks)
+    blocks[block] = config
+    model.config = replace(model.config, blocks=tuple(blocks))
 
 
 def keep_blocks(model: DiT, blocks: Sequence[int]) -> None:

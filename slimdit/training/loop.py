@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import read_tensors, write_tensors
 from ..models.dit import DiT, DiTConfig
@@ -324,6 +324,29 @@ class TrainState:
         if changed:
             raise ValueError(f"{path} belongs to another run: {', '.join(changed)} changed; use the settings it began "
                              f"with, or another folder")
+
+
+def descend(layer: nn.Module, loss: Callable[[int], Tensor], *, steps: int, rate: float, clip: float = 1.0,
+            project: Callable[[], None] | None = None) -> None:
+    """Minimise a loss of the step's number over a layer's parameters, in place: for what fits in memory and is quick.
+
+    AdamW, its rate falling to 0 as a cosine. Nothing is written: what is killed begins anew.
+
+    Args:
+        project: as in `train`.
+    """
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.0)
+    schedule = TrainConfig(steps=max(1, steps), learning_rate=rate, schedule="cosine")
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        with torch.enable_grad():
+            loss(step).backward()
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if project is not None:
+            project()
 
 
 def draw_batches(model: DiT, process: NoiseProcess, data: ImageData, config: TrainConfig, start: int, rank: int,

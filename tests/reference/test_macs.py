@@ -1,5 +1,7 @@
 """Computed costs against the literature's table of DiT sizes and against PyTorch's own counter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,12 +35,19 @@ def test_parameters_as_published(name):
 UNEVEN = DiTConfig(input_size=(8, 24), channels=3, classes=5, patch=4, width=24,
                    blocks=(BlockConfig(2, 8, 10), BlockConfig(3, 4, 96), BlockConfig(1, 24, 7)), learn_sigma=False)
 
+KINDS = DiTConfig(input_size=(8, 24), channels=3, classes=5, patch=4, width=24, blocks=(
+    BlockConfig(4, 6, 8, conv=3), BlockConfig(4, 6, 8, kv_heads=2), BlockConfig(4, 6, 8, kv_heads=1, conv=5),
+    BlockConfig(4, 6, 8, "mediated", mediators=(1, 3)),
+    BlockConfig(4, 6, 8, "mediated", mediators=(2, 2), kv_heads=2, conv=3),
+    BlockConfig(4, 6, 8, "focused"), BlockConfig(4, 5, 8, "focused", kv_heads=1, conv=5)))
+
 
 @pytest.mark.parametrize("config", [
     *(preset(name, classes=200) for name in GMACS),
     uniform(depth=3, width=32, heads=4, patch=2, input_size=(16, 16), channels=1, classes=10),
     UNEVEN,
-], ids=[*GMACS, "pixels", "uneven"])
+    *(replace(KINDS, blocks=(block,)) for block in KINDS.blocks),
+], ids=[*GMACS, "pixels", "uneven", *(f"attention {number}" for number in range(len(KINDS.blocks)))])
 @pytest.mark.parametrize("form", ["fused", "explicit"])
 def test_macs_are_what_pytorch_counts(config, form):
     with torch.device("meta"):
