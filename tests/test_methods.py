@@ -15,6 +15,8 @@ from slimdit.allocation import Sensitivity
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.distill import Distill
+from slimdit.methods.distill_guidance import DistillGuidance
 from slimdit.methods.finetune import Finetune
 from slimdit.methods.low_rank_adaln import LowRankAdaln
 from slimdit.methods.prune_depth import PruneDepth
@@ -48,6 +50,8 @@ EXAMPLES = {
     "prune_width": PruneWidth(mlp=0.75, images=4),
     "prune_depth": PruneDepth(keep=1, images=4),
     "low_rank_adaln": LowRankAdaln(final=True),
+    "distill": Distill(blocks=1, steps=2, batch=4, samples=4),
+    "distill_guidance": DistillGuidance(steps=2, batch=4, samples=4),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
@@ -59,6 +63,8 @@ NEUTRAL = {
     "low_rank_adaln": LowRankAdaln(rank=1.0),
     "prune_weights": PruneWeights(sparsity=0.0),
     "finetune": Finetune(steps=0),
+    "distill": Distill(steps=0),
+    "distill_guidance": DistillGuidance(steps=0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 

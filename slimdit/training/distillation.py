@@ -37,10 +37,7 @@ def weighed_distance(channels: int, variance: float) -> Distance:
 
 
 def matched_blocks(student: int, teacher: int) -> list[int]:
-    """For each of the student's blocks the teacher's at the same share of the way; the last are a pair.
-
-    A student whose blocks were kept evenly has then, after each, what its teacher had before the next one that is kept.
-    """
+    """For each of the student's blocks the teacher's at the same share of the way; the last two are a pair."""
     return [(2 * (place + 1) * teacher + student) // (2 * student) - 1 for place in range(student)]
 
 

@@ -174,6 +174,13 @@ class StudentTraining:
         dtype = next(model.parameters()).dtype
         return in_precision(lambda x, t, y: model(x.to(dtype), t, y), uses_bf16("auto", self.device))
 
+    @property
+    def plain(self) -> Denoise:
+        """The teacher in float32, to be compared with."""
+        from ..pipeline import Runtime
+
+        return self.teacher.replace(runtime=Runtime()).denoise
+
     def train(self, student: Pipeline, loss: Loss, *,
               held_out: tuple[list[Call], list[Tensor]] | None = None) -> tuple[DiT, dict[str, Any]]:
         """Train the student's model in place; weights that were pruned to zero stay zero.
@@ -185,12 +192,16 @@ class StudentTraining:
             The model, and what a witness says of its training.
         """
         from ..models.surgery import pruned_weights, zero_weights
+        from .calibration import outputs
         from .loop import read_curve, train
 
         model, patience = student.model, self.options.patience
         pruned = pruned_weights(model)
         data, source = self.images_of(student)
-        check = HeldOut(self.folder, *(held_out or self.teacher_calls()), patience)
+        if held_out is None:
+            calls = self.calls()
+            held_out = calls, outputs(self.plain, calls)
+        check = HeldOut(self.folder, *held_out, patience)
         check.start(model)
         if not check.is_enough():
             model = train(model, student.process, data, self.config(), self.folder, resume=True, device=self.device,
@@ -237,12 +248,11 @@ class StudentTraining:
             made.save(kept)
         return Samples.load(kept), f"{samples} samples of the teacher"
 
-    def teacher_calls(self) -> tuple[list[Call], list[Tensor]]:
-        """Deployed calls of the teacher's that are not trained on, and its answers."""
-        from .calibration import deployed_calls, outputs
+    def calls(self) -> list[Call]:
+        """Deployed calls of the teacher's that are not trained on."""
+        from .calibration import deployed_calls
 
-        calls = deployed_calls(self.teacher, images=2 if self.rehearsal else HELD_OUT, seed=self.own_seed)
-        return calls, outputs(self.teacher.model, calls)
+        return deployed_calls(self.teacher, images=2 if self.rehearsal else HELD_OUT, seed=self.own_seed)
 
 
 class HeldOut:
