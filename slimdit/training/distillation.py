@@ -90,7 +90,7 @@ def pooled(tokens: Tensor, grid: tuple[int, int], times: int) -> Tensor:
 
 
 def masked_distance(student: Tensor, teacher: Tensor, sigmas: float) -> Tensor:
-    """The squared distance of tokens where both are ordinary, in units of the teacher's variance: (batch,).
+    """The squared distance of tokens where both are ordinary, in units of the variance of the teacher's: (batch,).
 
     Ordinary is what lies within `sigmas` standard deviations of the mean, over the whole batch. A few features of a
     trained transformer are huge; matching those alone would take all of the loss, and diverges (TinyFusion, 3.4).
@@ -98,9 +98,10 @@ def masked_distance(student: Tensor, teacher: Tensor, sigmas: float) -> Tensor:
     Args:
         student, teacher: (batch, tokens, width).
     """
-    kept = ordinary(student.detach(), sigmas) & ordinary(teacher, sigmas)
+    usual = ordinary(teacher, sigmas)
+    kept = usual & ordinary(student.detach(), sigmas)
     squares = ((student - teacher).square() * kept).sum((1, 2))
-    return squares / kept.sum((1, 2)).clamp(min=1) / teacher.var().clamp(min=1e-12)
+    return squares / kept.sum((1, 2)).clamp(min=1) / teacher[usual].var().clamp(min=1e-12)
 
 
 def ordinary(tokens: Tensor, sigmas: float) -> Tensor:
