@@ -9,15 +9,16 @@ import torch
 
 from slimdit.context import Context, Refused
 from slimdit.files import read_tensors
-from slimdit.methods import finetune
-from slimdit.methods.finetune import Finetune, HeldOut
+from slimdit.methods.finetune import Finetune
 from slimdit.methods.prune_weights import PruneWeights
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.surgery import pruned_weights
 from slimdit.recipe import Recipe, apply, fingerprint, rehearse, run
 from slimdit.sampling.process import NoiseProcess
+from slimdit.training import student
 from slimdit.training.loop import Batch, TrainConfig, denoising_loss, teacher_loss, train
+from slimdit.training.student import HeldOut
 
 from .test_loop import tiny_data
 from .test_methods import SMALL, apply_once, small_pipeline
@@ -27,7 +28,7 @@ QUICK = Finetune(steps=6, batch=8, samples=8, learning_rate=1e-3, alpha=1.0, che
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch):
-    monkeypatch.setattr(finetune, "HELD_OUT", 4)
+    monkeypatch.setattr(student, "HELD_OUT", 4)
 
 
 def tame_pipeline():

@@ -15,6 +15,8 @@ from slimdit.allocation import Sensitivity
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.distill import Distill
+from slimdit.methods.distill_guidance import DistillGuidance
 from slimdit.methods.finetune import Finetune
 from slimdit.methods.low_rank_adaln import LowRankAdaln
 from slimdit.methods.prune_depth import PruneDepth
@@ -54,6 +56,8 @@ EXAMPLES = {
     "sparse_experts upcycle": SparseExperts("upcycle", experts=4, router="timestep", images=2),
     "simplify_attention mediated": SimplifyAttention(mediators=4, conv=3, regression=20, images=4),
     "simplify_attention focused": SimplifyAttention("focused", groups=1, regression=20, distill=1, images=4, samples=4),
+    "distill": Distill(blocks=1, steps=2, batch=4, samples=4),
+    "distill_guidance": DistillGuidance(steps=2, batch=4, samples=4),
 }
 """Every method as it is meant to be used; a method without an example here fails the first test."""
 
@@ -67,6 +71,8 @@ NEUTRAL = {
     "simplify_attention": SimplifyAttention(blocks=0.0),
     "prune_weights": PruneWeights(sparsity=0.0),
     "finetune": Finetune(steps=0),
+    "distill": Distill(steps=0),
+    "distill_guidance": DistillGuidance(steps=0),
     "compile": Compile(dtype="float32"),  # the compiler may reorder sums; without it, nothing is left
 }
 

@@ -46,7 +46,8 @@ def test_a_pair_works_or_says_why_not(first, second):
     assert images[0].std() > 0
 
 
-FLOAT_ONLY = ("quantize", "prune", "low_rank", "finetune", "sparse", "simplify")  # beginnings of what needs float weights
+# Beginnings of what needs float weights.
+FLOAT_ONLY = ("quantize", "prune", "low_rank", "finetune", "sparse", "simplify", "distill")
 
 
 def test_what_needs_float_or_full_layers_and_does_not_find_them_is_all_that_is_refused():
@@ -54,7 +55,8 @@ def test_what_needs_float_or_full_layers_and_does_not_find_them_is_all_that_is_r
     assert refused == {(a, b) for a, b in PAIRS if (a.startswith("quantize") and b.startswith(FLOAT_ONLY))
                        or (a == "low_rank_adaln" and b in ("low_rank_adaln", "quantize smooth"))
                        or (a.startswith("sparse") and b.startswith(("sparse", "prune_width")))
-                       or (a, b) == ("simplify_attention focused", "quantize smooth")}  # its heads share values
+                       or (a, b) == ("simplify_attention focused", "quantize smooth")  # its heads share values
+                       or (a == "distill_guidance" and b in ("finetune", "distill", "distill_guidance"))}
 
 
 def test_the_page_is_current():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slimdit.context import Context, Refused
 from slimdit.formats import load, save
-from slimdit.methods.prune_width import PruneWidth, best, block_macs
+from slimdit.methods.prune_width import PruneWidth, block_macs
 from slimdit.methods.quantize import Quantize
 from slimdit.metrics.cost import macs
 from slimdit.models.dit import PRESETS, DiT, preset, twin
@@ -20,6 +20,7 @@ from slimdit.pipeline import Pipeline
 from slimdit.recipe import Recipe, config_mismatch, rehearse
 from slimdit.sampling.solvers import Sampling
 from slimdit.training.data import ArrayImages
+from slimdit.training.importance import best
 
 from .test_methods import SMALL, apply_once, sensitivity_file, small_pipeline
 
@@ -70,11 +71,11 @@ def test_a_silent_branch_matters_less_through_its_gate(tmp_path):
 
 def test_taylor_is_the_loss_without_the_unit_to_first_order():
     """Its score is the slope of the loss as a unit is turned down, measured here by turning it down a little."""
-    from slimdit.methods.prune_width import branches, taylor
     from slimdit.training.gradients import loss_batches, noise_loss
+    from slimdit.training.importance import branches, taylor
 
     pipeline = small_pipeline()
-    score, _ = taylor(branches(pipeline.model, "mlp"), pipeline, Context(pipeline, Path()), 2, 0)
+    score, _ = taylor(branches(pipeline.model, "mlp"), pipeline, None, 2, 0)
     batches = loss_batches(pipeline, images=2)
     weight, step = pipeline.model.blocks[0].mlp.fc2.weight, 1e-2
 

@@ -14,7 +14,8 @@ from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
-from slimdit.models.dit import uniform
+from slimdit.models.dit import DiT, uniform
+from slimdit.pipeline import Pipeline
 from slimdit.recipe import (
     Recipe,
     applicable,
@@ -28,6 +29,7 @@ from slimdit.recipe import (
     run,
     shipped,
 )
+from slimdit.sampling.settings import Sampling
 
 from .test_methods import SMALL, images, small_pipeline
 
@@ -141,7 +143,8 @@ def test_shipped_recipes_are_named_as_their_file_described_and_pass_on_a_twin(na
     recipe = find(name)
     assert recipe.name == name and recipe.model == "bundled" and recipe.description
     alike = uniform(depth=5, width=24, heads=6, patch=1, input_size=(8, 8), channels=1, classes=3)  # as bundled
-    assert [entry["method"] for entry in check(recipe, alike)] == [next(iter(m)) for m in recipe.to_dict()["methods"]]
+    target = Pipeline(DiT(alike), Sampling(steps=50, guidance=1.5))
+    assert [entry["method"] for entry in check(recipe, target)] == [next(iter(m)) for m in recipe.to_dict()["methods"]]
 
 
 def test_recipes_are_read_without_torch():

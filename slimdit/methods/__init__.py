@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from .compile import Compile
+from .distill import Distill
+from .distill_guidance import DistillGuidance
 from .finetune import Finetune
 from .low_rank_adaln import LowRankAdaln
 from .prune_depth import PruneDepth
@@ -41,6 +43,8 @@ METHODS: Mapping[str, type] = {
     "reduce_steps": ReduceSteps,
     "prune_weights": PruneWeights,
     "finetune": Finetune,
+    "distill": Distill,
+    "distill_guidance": DistillGuidance,
     "quantize": Quantize,
     "compile": Compile,
 }

@@ -82,8 +82,9 @@ class PruneDepth:
 
 def even(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) -> list[int]:
     """The first, the last, and what is evenly between; one block is the first."""
-    last = len(pipeline.model.blocks) - 1
-    return [(2 * place * last + keep - 1) // (2 * (keep - 1)) if place else 0 for place in range(keep)]
+    from ..models.surgery import even_blocks
+
+    return even_blocks(len(pipeline.model.blocks), keep)
 
 
 def greedy(method: PruneDepth, keep: int, pipeline: Pipeline, context: Context) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, is_plain
-from .dit import Block, BlockConfig, DiT, FinalLayer, attention_of
+from .dit import Block, BlockConfig, DiT, FinalLayer, PatchEmbedder, attention_of, position_embedding
 from .experts import TimestepExperts, TokenExperts, feed_forward
 from .experts_config import ExpertsConfig
 from .feedforward import MLP
@@ -179,6 +179,45 @@ def keep_blocks(model: DiT, blocks: Sequence[int]) -> None:
     kept = _chosen(blocks, len(model.blocks), "blocks").tolist()
     model.blocks = nn.ModuleList(model.blocks[number] for number in kept)
     model.config = replace(model.config, blocks=tuple(model.config.blocks[number] for number in kept))
+
+
+def even_blocks(depth: int, keep: int) -> list[int]:
+    """Which of `depth` blocks to keep: the first, the last, and what is evenly between; one block is the first."""
+    last = depth - 1
+    return [(2 * place * last + keep - 1) // (2 * (keep - 1)) if place else 0 for place in range(keep)]
+
+
+@torch.no_grad()
+def enlarge_patch(model: DiT, patch: int) -> None:
+    """Let one token stand for a square of tokens, every block as it is.
+
+    A token becomes the mean of the tokens that it replaces: the embedder's kernel is repeated over the larger patch and
+    divided by their number. What the final layer said of one small patch it says of every one in the square: its rows
+    are repeated. Positions are those of the new grid.
+
+    Args:
+        patch: side of the new patch, a multiple of the old one.
+
+    Raises:
+        ValueError: layers are packed, or the patch is no multiple of the old one or does not divide the input.
+    """
+    _require_float(model)
+    before = model.config
+    times, left = divmod(patch, before.patch)
+    if left or not times:
+        raise ValueError(f"patch {patch} is no multiple of the model's {before.patch}, so that no token stands for "
+                         "whole ones")
+    config = replace(before, patch=patch)  # refuses what does not divide the input
+    small, final = model.x_embedder.proj, model.final_layer.linear
+    model.x_embedder = PatchEmbedder(config.channels, config.width, patch).to(small.weight)
+    repeated = small.weight.repeat(1, 1, times, times) / times**2
+    model.x_embedder.proj.load_state_dict({**small.state_dict(), "weight": repeated})
+    rows = torch.arange(final.out_features).view(before.patch, before.patch, config.out_channels)
+    _keep_rows(final, rows.repeat(times, times, 1).flatten())
+    model.pos_embed = position_embedding(config.grid, config.width)[None].to(model.pos_embed)
+    for block in model.blocks:
+        setattr(block.attn, "grid", config.grid)  # noqa: B010 (to mypy a block's part may be a tensor)
+    model.config = config
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..models.dit import DiT
 from ..pipeline import Pipeline, Runtime
+from ..sampling.process import Denoise
 from ..sampling.seeds import ImageNoise, image_labels
 from ..sampling.solvers import is_guided, solve, timesteps
 
@@ -133,13 +134,13 @@ def described(pipeline: Pipeline, calls: Sequence[Call], maxima: Mapping[str, Te
 
 
 @torch.no_grad()
-def outputs(model: DiT, calls: Sequence[Call]) -> list[Tensor]:
+def outputs(model: Denoise, calls: Sequence[Call]) -> list[Tensor]:
     """What the model answers to each call."""
     return [model(call.x, call.t, call.y) for call in calls]
 
 
 @torch.no_grad()
-def output_error(model: DiT, calls: Sequence[Call], expected: Sequence[Tensor]) -> float:
+def output_error(model: Denoise, calls: Sequence[Call], expected: Sequence[Tensor]) -> float:
     """Relative error of a model's answers: ||answer - expected||^2 / ||expected||^2 over all calls."""
     pairs = [(model(call.x, call.t, call.y), target) for call, target in zip(calls, expected, strict=True)]
     wrong = sum((answer - target).square().sum().item() for answer, target in pairs)

@@ -104,10 +104,11 @@ class Batch:
     labels: Tensor  # (batch,)
     noise: Tensor  # like clean
     t: Tensor  # (batch,)
+    step: int = 0  # of training: a loss may change with it
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(self.clean.to(device), self.labels.to(device), self.noise.to(device), self.t.to(device))
+        return Batch(self.clean.to(device), self.labels.to(device), self.noise.to(device), self.t.to(device), self.step)
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,18 @@ def denoising_loss(process: NoiseProcess, weighting: LossWeighting = "none") -> 
     return loss
 
 
-def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weighting: LossWeighting = "none") -> Loss:
-    """(1 - alpha) DiT's own loss + alpha times the squared distance of all outputs from the teacher's.
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(answer, expected), both (batch, channels, height, width), to how far they are apart, (batch,)."""
+
+
+def squared_distance(answer: Tensor, expected: Tensor) -> Tensor:
+    """The mean squared difference of each image's outputs, variance channels like the others: (batch,)."""
+    return (answer - expected).square().flatten(1).mean(1)
+
+
+def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weighting: LossWeighting = "none",
+                 distance: Distance = squared_distance) -> Loss:
+    """(1 - alpha) DiT's own loss + alpha times the distance of all outputs from the teacher's.
 
     Both see the same noise, timestep and dropped labels (output distillation, arXiv 1503.02531, for a regression).
     """
@@ -151,10 +162,10 @@ def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weightin
         with torch.no_grad():
             expected = teacher(noisy, batch.t, batch.labels)
         answer = model(noisy, batch.t, batch.labels)
-        distance = (answer - expected).square().flatten(1).mean(1)
+        apart = distance(answer, expected)
         if alpha == 1:
-            return distance
-        return alpha * distance + (1 - alpha) * own(lambda x, t, y: answer, batch)
+            return apart
+        return alpha * apart + (1 - alpha) * own(lambda x, t, y: answer, batch)
 
     return loss
 
@@ -368,7 +379,7 @@ def draw_batches(model: DiT, process: NoiseProcess, data: ImageData, config: Tra
         dropped = torch.rand(share, generator=generator) < model.config.label_dropout
         yield Batch(clean, torch.where(dropped, model.config.classes, labels),
                     torch.randn(clean.shape, generator=generator),
-                    torch.randint(0, process.steps, (share,), generator=generator))
+                    torch.randint(0, process.steps, (share,), generator=generator), step)
         step += 1
 
 
