@@ -36,7 +36,6 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    settle()
     parser = argparse.ArgumentParser(description="Time kinds of attention against softmax attention.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -117,4 +116,5 @@ def crossover(rows: list[dict[str, Any]]) -> int | None:
 
 
 if __name__ == "__main__":
+    settle()
     main()
