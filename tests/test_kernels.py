@@ -61,11 +61,13 @@ def test_levels_are_gelu_within_a_step(rows, width, size, biased):
     x, steps = torch.randn(rows, width).bfloat16(), size * (torch.rand(rows, 1) + 0.1)
     bias = torch.randn(width).bfloat16() if biased else None
     levels, level_steps = torch.ops.slimdit.gelu_levels(x, steps, bias)
-    expected = torch.nn.functional.gelu(x.float() * steps + (0 if bias is None else bias.float()), approximate="tanh")
+    meant = x.float() * steps + (0 if bias is None else bias.float())
+    expected = torch.nn.functional.gelu(meant, approximate="tanh")
     assert levels.dtype == torch.uint8 and level_steps.shape == (rows, 1)
     error = ((levels.float() - 128) * level_steps - expected).abs()
-    assert (error <= 0.502 * level_steps + 0.001 + 0.0003 * expected.abs()).all()
-    assert (level_steps * 127 <= expected.abs().amax(1, keepdim=True) * 1.001 + 0.001).all()  # no coarser than needed
+    assert (error <= 0.502 * level_steps + 0.001 + 0.0003 * meant.abs()).all()
+    assert (level_steps * 127 <= expected.abs().amax(1, keepdim=True) * 1.001 + 0.001
+            + 0.0003 * meant.abs().amax(1, keepdim=True)).all()  # no coarser than needed
 
 
 @native
