@@ -43,12 +43,14 @@ def test_attention_is_its_definition_for_any_size(images, tokens, heads, size, s
     qkv = torch.randn(images * tokens, 3 * inner).bfloat16()
     steps = torch.rand(images * tokens, 1) + 0.5 if stepped else None
     bias = torch.randn(3 * inner).bfloat16() if biased else None
-    meant = qkv.double() * (1 if steps is None else steps) + (0 if bias is None else bias)
+    meant = qkv.float() * (1 if steps is None else steps) + (0 if bias is None else bias)
     q, k, v = meant.view(images, tokens, 3, heads, size).permute(2, 0, 3, 1, 4)
-    mixed = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(size), -1) @ v
+    q, k, v = (part.bfloat16().double() for part in (q / math.sqrt(size), k, v))  # what the CPU multiplies
+    mixed = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
     actual = torch.ops.slimdit.attend(qkv, steps, bias, images, heads)
     assert actual.dtype == torch.bfloat16
-    assert relative(actual, mixed.transpose(1, 2).reshape(images * tokens, inner)) < 0.01
+    error = actual.double() - mixed.transpose(1, 2).reshape(images * tokens, inner)
+    assert error.abs().max() < 0.01 * v.abs().max()  # means of v: small ones have cancelled
     alone = torch.ops.slimdit.attend(qkv[:tokens], None if steps is None else steps[:tokens], bias, 1, heads)
     assert torch.equal(alone, actual[:tokens])
 
