@@ -45,7 +45,7 @@ benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks
 
 tables: $(INSTALLED) ## render the tables of README, docs/methods.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
-	$(BIN)/slimdit report results/methods --update docs/methods.md
+	$(BIN)/slimdit report results/methods --update docs/methods.md --name methods
 	$(BIN)/python -m benchmarks.record
 
 clean: ## remove the environment and the caches; runs/ and results/ stay
