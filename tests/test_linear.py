@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from slimdit.models.dit import DiT, uniform
-from slimdit.models.linear import LINEARS, Int8Dynamic, Int8WeightOnly, integer_matmul, replace_linear
+from slimdit.models.linear import (
+    FEW_ROWS,
+    LINEARS,
+    Int8Dynamic,
+    Int8WeightOnly,
+    integer_matmul,
+    reads_integers,
+    replace_linear,
+)
 from slimdit.models.surgery import pack_linears, packable_linears, weight_bytes
 
 KINDS = ["int8_weight_only", "int8_dynamic"]
@@ -46,6 +54,27 @@ def test_output_is_near_the_float_layers_in_every_channel(kind, shape):
     actual, expected = LINEARS[kind].of(layer)(x), layer(x)
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert relative_error(actual, expected) < 0.02
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (FEW_ROWS, 48), (FEW_ROWS + 1, 48), (2, 8, 48)])
+def test_few_rows_in_bfloat16_are_multiplied_by_the_integers_themselves(shape, bias):
+    packed, x = Int8WeightOnly.of(float_layer(bias=bias)).bfloat16(), torch.randn(shape).bfloat16()
+    rows = x.reshape(-1, 48)
+    assert reads_integers(rows) == (len(rows) <= FEW_ROWS)
+    expected = rows.double() @ packed.dequantize().double().t()
+    expected = (expected if packed.bias is None else expected + packed.bias.double()).view(*shape[:-1], 40)
+    actual = packed(x)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.double() - expected).norm(dim=-1).le(0.01 * expected.norm(dim=-1)).all()
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), actual, rtol=0.01, atol=0.01)
+
+
+def test_other_precisions_and_no_rows_turn_the_weights_to_floats():
+    assert not reads_integers(torch.zeros(1, 48))
+    assert not reads_integers(torch.zeros(1, 48).half())
+    assert not reads_integers(torch.zeros(0, 48).bfloat16())
 
 
 def test_dynamic_is_the_integer_arithmetic_of_its_definition():

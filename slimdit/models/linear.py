@@ -25,6 +25,7 @@ LEVELS = 127  # -128 is left out, so that the scale is symmetric
 ZERO = 128  # where 0 lies among the unsigned levels of a CPU's product
 # Whether oneDNN multiplies 8-bit integers here at full speed and without saturating: on a CPU with VNNI.
 FAST_PRODUCT = torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+FEW_ROWS = 16  # up to which weights are read as integers: benchmarks/few_rows.py
 TINY = torch.finfo(torch.float32).tiny  # smallest scale: a row or token of zeros stays zeros
 
 
@@ -63,6 +64,15 @@ class Int8WeightOnly(PackedLinear):
     def dequantize(self) -> Tensor:
         """The weights as the layer means them: float32, (out_features, in_features)."""
         return self.weight * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        rows = x.reshape(-1, self.in_features)
+        if not reads_integers(rows):
+            return super().forward(x)
+        product = torch.ops.slimdit.few_rows_product(rows, self.weight) * self.scale
+        product = product if self.bias is None else product + self.bias
+        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 class Int8Dynamic(Int8WeightOnly):
@@ -121,6 +131,13 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
 
+def reads_integers(rows: Tensor) -> bool:
+    """Whether a product of these rows reads int8 weights as they are sooner than it reads them turned to floats.
+
+    On a CPU the weights' bytes are all that a few rows cost, as in adaLN, of which an image is a row.
+    """
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= FEW_ROWS
+
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row rounded to integers of its own scale: (n, d) to int8 (n, d) and float32 (n, 1)."""
@@ -161,6 +178,21 @@ def int8_product(levels: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dty
 @torch.library.register_fake("slimdit::int8_product")
 def _(levels: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return levels.new_empty(levels.shape[0], weight.shape[0], dtype=dtype)
+
+
+torch.library.define("slimdit::few_rows_product", "(Tensor rows, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("slimdit::few_rows_product", "cpu")
+def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows weight^T where the weights' bytes are all that it costs: bfloat16 (n, d), int8 (m, d) to bfloat16 (n, m)."""
+    # PyTorch's product would take scales in bfloat16 only: it is given ones, and float32's can follow.
+    return torch._weight_int8pack_mm(rows.contiguous(), weight, rows.new_ones(len(weight)))
+
+
+@torch.library.register_fake("slimdit::few_rows_product")
+def _(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
