@@ -75,6 +75,16 @@ def test_nothing_is_loaded_from_anywhere(report: Path) -> None:
     assert "@import" not in style[1]
 
 
+def test_routing_is_drawn_for_every_method_that_told_of_it() -> None:
+    told = {"blocks.<0>": {"load": [[0.25, 0.75], [0.5, 0.5]]}}
+    records = [replace(record, witness=[{"method": "sparse_experts", "routing": told}, {"method": "finetune"},
+                                        {"method": "finetune", "routing": told}])
+               if record.name == "lean" else record for record in example_records()]
+    drawn = html(records, "run", {}, METRICS)
+    assert drawn.count("Share of uses by expert</title>") == 2 and "blocks.&lt;0&gt;, t 500..999" in drawn
+    assert "Share of uses" not in html(example_records(), "run", {}, METRICS)
+
+
 def test_what_records_say_is_text_never_markup(report: Path) -> None:
     document = report.read_text(encoding="utf-8")
     assert "<script>alert" not in document

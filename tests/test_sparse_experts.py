@@ -204,8 +204,9 @@ def test_training_moves_experts_and_router_and_tells_copies_apart(tmp_path):
     pipeline = small_pipeline()
     upcycled = apply(COPIES[0], pipeline.copy(), Context(pipeline, tmp_path))
     before = upcycled.copy().model.blocks[0].mlp
-    trained = apply(Finetune(steps=8, batch=8, samples=8, learning_rate=1e-3, ema=0.5), upcycled,
-                    Context(pipeline, tmp_path))
+    context = Context(pipeline, tmp_path)
+    trained = apply(Finetune(steps=8, batch=8, samples=8, learning_rate=1e-3, ema=0.5), upcycled, context)
+    assert list(context.witnesses[0]["routing"]) == ["blocks.0", "blocks.1"]  # of the model that training leaves
     after = trained.model.blocks[0].mlp
     assert torch.equal(before.experts[0].fc1.weight, before.experts[1].fc1.weight)
     assert not torch.equal(after.experts[0].fc1.weight, after.experts[1].fc1.weight)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..models.experts_config import ExpertsConfig
     from ..models.feedforward import MLP
     from ..pipeline import Pipeline
-    from ..training.calibration import Call
     from ..training.experts import Given
 
 Mode = Literal["partition", "upcycle"]
@@ -95,8 +94,11 @@ class SparseExperts:
 
     def apply(self, pipeline: Pipeline, context: Context) -> Pipeline:
         """Fit experts and routers to the tokens of deployed calls, block by block, and put them in place."""
+        from ..files import write_text
+        from ..report.charts import routing_svg
         from ..training.calibration import deployed_calls, output_error, outputs
         from ..training.experts import mlp_inputs
+        from ..training.routing import report
 
         model = pipeline.model
         blocks = self.chosen_blocks(model)
@@ -110,10 +112,12 @@ class SparseExperts:
         for number in blocks:
             context.report(f"sparse_experts: block {number}")
             self.convert(model, number, shared[number], given[number])
+        routing = report(model, calls)
+        if not context.rehearsal:
+            write_text(context.folder / "routing.svg", routing_svg(routing))
         context.witness(mode=self.mode, router=self.router, blocks=len(blocks), experts=self.experts,
                         active=self.actives, shared_units=list(shared.values()), mlp_macs_kept=round(macs_kept, 4),
-                        output_error=float(f"{output_error(model, calls, expected):.3g}"),
-                        routing=routing_report(model, calls, context))
+                        output_error=float(f"{output_error(model, calls, expected):.3g}"), routing=routing)
         return pipeline.replace(model=model)
 
     @property
@@ -246,22 +250,3 @@ def timestep_table(config: ExpertsConfig, given: Given, sizes: Tensor | None) ->
             mean = energy[inside if inside.any() else half].mean(0)
             rows.append(mean.topk(config.active).indices.sort().values)
     return torch.stack(rows).view(2, config.bins, config.active)
-
-
-def routing_report(model: DiT, calls: list[Call], context: Context) -> dict[str, Any]:
-    """How evenly the experts of each block are used, by its name; drawn as a heat map beside the model."""
-    from ..files import write_text
-    from ..report.charts import heat_map_svg
-    from ..training.routing import loads
-
-    found = {f"blocks.{number}": load.summary() for number, load in loads(model, calls).items()}
-    if not context.rehearsal:
-        rows, values = [], []
-        for name, summary in found.items():
-            width = 1000 // len(summary["load"])
-            for number, load in reversed(list(enumerate(summary["load"]))):
-                rows.append(f"{name}, t {number * width}..{(number + 1) * width - 1}")
-                values.append(load)
-        experts = [f"expert {number}" for number in range(len(values[0]))]
-        write_text(context.folder / "routing.svg", heat_map_svg(rows, experts, values, title="Share of uses by expert"))
-    return found

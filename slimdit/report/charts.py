@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..files import writing
 
+TIMESTEPS = 1000  # of the noise process, which bins divide
 CAPTION_HEIGHT = 14  # pixels under each image of a labelled sheet
 
 
@@ -96,6 +98,18 @@ def heat_map_svg(rows: Sequence[str], columns: Sequence[str], values: Sequence[S
             f"<title>{escape(title or 'heat map')}</title>\n"
             + (f'<text x="16" y="20" font-size="14" font-weight="600">{escape(title)}</text>\n' if title else "")
             + "\n".join([*names, *cells]) + "\n</svg>\n")
+
+
+def routing_svg(routing: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a witness says of routing, as a heat map: for each block and timestep bin each expert's share of uses."""
+    rows, values = [], []
+    for name, summary in routing.items():
+        width = TIMESTEPS // len(summary["load"])
+        for number, load in reversed(list(enumerate(summary["load"]))):
+            rows.append(f"{name}, t {number * width}..{(number + 1) * width - 1}")
+            values.append(load)
+    return heat_map_svg(rows, [f"expert {number}" for number in range(len(values[0]))], values,
+                        title="Share of uses by expert")
 
 
 def grid_png(images: np.ndarray, columns: int, path: Path, *, scale: int = 1,

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .charts import routing_svg
 from .page import SCRIPT, STYLE
 from .pareto import front
 from .record import AA, BASELINE, Record, Value, in_order
@@ -327,11 +328,17 @@ def _details(records: Sequence[Record], metrics: Metrics) -> str:
         stages = ", ".join(f"{stage} {' '.join(number(Value(seconds, unit='s')))}"
                            for stage, seconds in record.seconds.items())
         parts = [f"<p>{escape(note(record))}</p>" if note(record) else "", measured,
-                 _pre("Recipe", record.recipe), _pre("Witness", record.witness),
+                 _pre("Recipe", record.recipe), _pre("Witness", record.witness), _routing(record),
                  f"<h4>Time</h4><p>{escape(stages)}</p>" if stages else "",
                  f"<h4>Images</h4><p><code>sha256 {escape(record.images.sha256)}</code></p>" if record.images else ""]
         blocks.append(f"<details><summary>{escape(record.name)}</summary>{''.join(parts)}</details>")
     return (f'<section aria-labelledby="rows">\n<h2 id="rows">Row by row</h2>\n{"".join(blocks)}\n</section>')
+
+
+def _routing(record: Record) -> str:
+    """Heat maps of who uses which expert: as they were made, and after every training since."""
+    drawn = [routing_svg(entry["routing"]) for entry in record.witness if entry.get("routing")]
+    return "".join(["<h4>Routing</h4>", *drawn]) if drawn else ""
 
 
 def _pre(name: str, value: Any) -> str:

@@ -55,7 +55,7 @@ def loads(model: DiT, calls: Sequence[Call]) -> dict[int, Load]:
     layers = {f"blocks.{number}.mlp": (number, block.mlp) for number, block in enumerate(model.blocks)
               if isinstance(block.mlp, Experts)}
     found: dict[int, Load] = {}
-    for call in calls:
+    for call in calls if layers else []:
         unlabelled, bins = call.y == model.config.classes, timestep_bin(call.t, BINS)
 
         def visit(name: str, x: Tensor, call: Call = call, unlabelled: Tensor = unlabelled,
@@ -74,3 +74,8 @@ def loads(model: DiT, calls: Sequence[Call]) -> dict[int, Load]:
 
         layer_inputs(model, [call], layers, visit)
     return found
+
+
+def report(model: DiT, calls: Sequence[Call]) -> dict[str, dict[str, Any]]:
+    """`Load.summary` of every block that has experts, by its name; nothing for a model without."""
+    return {f"blocks.{number}": load.summary() for number, load in loads(model, calls).items()}

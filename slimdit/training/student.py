@@ -194,6 +194,7 @@ class StudentTraining:
         from ..models.surgery import pruned_weights, zero_weights
         from .calibration import outputs
         from .loop import read_curve, train
+        from .routing import report
 
         model, patience = student.model, self.options.patience
         pruned = pruned_weights(model)
@@ -209,14 +210,15 @@ class StudentTraining:
                           check=check, report=lambda progress: self.report(line(progress)))
         if patience:
             check.restore(model)
-        checks = check.entries()
-        return model.eval(), {
+        checks, routing = check.entries(), report(model.eval(), held_out[0])
+        return model, {
             "steps": checks[-1]["step"], "images": checks[-1]["step"] * self.options.batch, "data": source,
             "held_out_error_first": checks[0]["error"], "held_out_error_last": checks[-1]["error"],
             **({"kept_step": best(checks)["step"], "held_out_error_kept": best(checks)["error"]} if patience else {}),
             "seconds": round(sum(row["seconds"] for row in read_curve(self.folder / "curve.jsonl")), 1),
             "zeros_kept": sum(int((model.get_submodule(name).get_parameter("weight")[mask] == 0).sum())
-                              for name, mask in pruned.items())}
+                              for name, mask in pruned.items()),
+            **({"routing": routing} if routing else {})}
 
     def config(self) -> TrainConfig:
         """The options as the training loop takes them."""
