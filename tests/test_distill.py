@@ -221,6 +221,8 @@ def test_a_rehearsal_takes_a_step_or_two():
     ({"sigmas": 0.0}, "sigmas must be above 0"), ({"init": "zero"}, "init 'zero' is unknown; use one of inherit"),
     ({"teacher": "me"}, "teacher 'me' is unknown"), ({"criterion": "luck"}, "criterion 'luck' is unknown"),
     ({"weighting": "snr"}, "weighting 'snr' is unknown"),
+    ({"repeat": 5}, "repeat keeps the teacher's answers, and not its tokens"),
+    ({"repeat": -1}, "repeat must be at least 0"),
     ({"steps": 1, "images": 1}, "give steps or images, not both")])
 def test_bad_options_are_refused_at_once(options, sentence):
     with pytest.raises(ValueError, match=re.escape(f"distill: {sentence}")):

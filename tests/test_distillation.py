@@ -17,6 +17,7 @@ from slimdit.training.distillation import (
     masked_distance,
     matched_blocks,
     pooled,
+    remembered,
     unmatched,
     weighed_distance,
     with_features,
@@ -45,6 +46,22 @@ def test_the_variance_weighs_what_it_is_told():
     expected[:, 2:] = 3
     assert torch.equal(weighed_distance(2, 0.5)(answer, expected), torch.full((2,), 1 + 0.5 * 9))
     assert torch.equal(weighed_distance(4, 0.5)(answer, expected), torch.full((2,), 5.0))  # no variance is learned
+
+
+def test_a_teacher_is_asked_the_same_thing_once(tmp_path):
+    model, asked = random_model(), []
+
+    def teacher(x, t, y):
+        asked.append(len(x))
+        return model(x, t, y).detach()
+
+    x, t, y = inputs()
+    first = remembered(teacher, tmp_path / "answers")(x, t, y)
+    again = remembered(teacher, tmp_path / "answers")  # as a resumed run does
+    assert torch.equal(first, model(x, t, y)) and torch.equal(again(x, t, y), first) and asked == [4]
+    for other in ((x + 1e-6, t, y), (x, t + 1, y), (x, t, y.flip(0))):
+        assert torch.equal(again(*other), model(*other))
+    assert len(asked) == 4
 
 
 @given(st.integers(1, 12).flatmap(lambda teacher: st.tuples(st.integers(1, teacher), st.just(teacher))))

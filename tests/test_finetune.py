@@ -16,7 +16,7 @@ from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.surgery import pruned_weights
 from slimdit.recipe import Recipe, apply, fingerprint, rehearse, run
 from slimdit.sampling.process import NoiseProcess
-from slimdit.training import student
+from slimdit.training import distillation, student
 from slimdit.training.loop import Batch, TrainConfig, denoising_loss, teacher_loss, train
 from slimdit.training.student import HeldOut
 
@@ -136,6 +136,17 @@ def test_alpha_mixes_the_data_and_the_teacher():
     teacher_loss(process, teacher, 0.5)(model, batch).mean().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert model.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+def test_repeated_draws_ask_the_teacher_no_more_and_give_what_asking_gives(tmp_path, monkeypatch):
+    method = replace(QUICK, steps=6, repeat=2, alpha=0.9)
+    changed, _ = finetuned(method, tmp_path / "kept")
+    assert len(list((tmp_path / "kept" / "training" / "answers").iterdir())) == 2
+    monkeypatch.setattr(distillation, "remembered", lambda teacher, folder: teacher)
+    asked, _ = finetuned(method, tmp_path / "asked")
+    anew, _ = finetuned(replace(method, repeat=0), tmp_path / "anew")
+    assert fingerprint(changed) == fingerprint(asked) != fingerprint(anew)
+    assert not (tmp_path / "anew" / "training" / "answers").exists()
 
 
 # --- stopping ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,17 @@ def file_content(folder: Path) -> tuple[dict, bytes]:
     return json.loads(raw[8:end]), raw[end:]
 
 
+def test_draws_come_again_where_asked():
+    config, model = replace(QUICK, repeat=3), tiny_model()
+    batches = draw_batches(model, NoiseProcess(), tiny_data(), config, 0, 0, 1)
+    drawn = [next(batches) for _ in range(7)]
+    resumed = next(draw_batches(model, NoiseProcess(), tiny_data(), config, 5, 0, 1))
+    for early, late in ((drawn[0], drawn[3]), (drawn[2], drawn[5]), (drawn[2], resumed), (drawn[0], drawn[6])):
+        for name in ("clean", "labels", "noise", "t"):
+            assert torch.equal(getattr(early, name), getattr(late, name))
+    assert not torch.equal(drawn[0].noise, drawn[1].noise) and [batch.step for batch in drawn] == list(range(7))
+
+
 # learning
 
 

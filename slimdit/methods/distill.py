@@ -85,6 +85,9 @@ class Distill(TrainingOptions):
         if self.alpha == 0 and self.features:
             raise ValueError("distill: alpha = 0 asks the teacher nothing, and features are its tokens: set features = "
                              "0 with it")
+        if self.repeat and self.features:
+            raise ValueError("distill: repeat keeps the teacher's answers, and not its tokens, which features need: "
+                             "set features = 0 with it")
 
     def apply(self, pipeline: Pipeline, context: Context) -> Pipeline:
         """Build the student and train it; killed and applied again with the same folder, it goes on where it was."""
@@ -155,7 +158,7 @@ class Distill(TrainingOptions):
         from ..training.loop import teacher_loss
 
         config, teacher = student.model.config, training.teacher.model
-        loss = teacher_loss(student.process, training.expert, self.alpha, self.weighting,
+        loss = teacher_loss(student.process, training.kept(training.expert), self.alpha, self.weighting,
                             weighed_distance(config.channels, self.variance))
         with ExitStack() as stack:
             if self.features:

@@ -56,7 +56,7 @@ class Finetune(TrainingOptions):
         training = StudentTraining(self, context.teacher, context.folder / "training", context.data, context.device,
                                    context.seed, context.rehearsal, context.report)
         training.begin(pipeline)
-        loss = teacher_loss(pipeline.process, training.expert, self.alpha, self.weighting)
+        loss = teacher_loss(pipeline.process, training.kept(training.expert), self.alpha, self.weighting)
         model, facts = training.train(pipeline, loss)
         context.witness(**facts)
         return model

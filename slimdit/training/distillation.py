@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import read_tensors, write_tensors
 from ..models.dit import DiT, DiTConfig
 from ..sampling.process import Denoise
 from ..sampling.settings import Sampling
@@ -34,6 +37,22 @@ def weighed_distance(channels: int, variance: float) -> Distance:
         return apart
 
     return distance
+
+
+def remembered(teacher: Denoise, folder: Path) -> Denoise:
+    """The teacher, asked the same thing once: its answers are in files of the folder, by a hash of the question."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        question = sha256()
+        for tensor in (x, t, y):
+            question.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        path = folder / f"{question.hexdigest()}.safetensors"
+        if not path.exists():
+            write_tensors(path, {"answer": teacher(x, t, y)})
+        return read_tensors(path)[0]["answer"].to(x.device)
+
+    return denoise
 
 
 def matched_blocks(student: int, teacher: int) -> list[int]:

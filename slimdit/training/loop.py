@@ -47,6 +47,7 @@ class TrainConfig:
         precision: `"bf16"` computes in bfloat16 with float32 weights; `"auto"` where the hardware has it.
         compile: whether to compile the model first.
         checkpoint_every, log_every: in steps.
+        repeat: steps after which images, noise and timesteps come again, step by step; 0 draws anew at every step.
 
     Raises:
         ValueError: a number is out of its range.
@@ -67,6 +68,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 1000
     log_every: int = 50
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checkpoint_every", "log_every"):
@@ -75,7 +77,7 @@ class TrainConfig:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"training: {name} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "final_rate"):
+        for name in ("warmup", "weight_decay", "final_rate", "repeat"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training: {name} must be 0 or more, not {getattr(self, name)}")
         for name, kind in (("schedule", Schedule), ("weighting", LossWeighting), ("precision", Precision)):
@@ -367,14 +369,15 @@ def draw_batches(model: DiT, process: NoiseProcess, data: ImageData, config: Tra
     order, epoch = torch.empty(0, dtype=torch.int64), -1
     step = start
     while True:
-        first = step * config.batch + rank * share
+        draw = step % config.repeat if config.repeat else step
+        first = draw * config.batch + rank * share
         indices = []
         for position in range(first, first + share):
             if position // len(data) != epoch:
                 epoch = position // len(data)
                 order = torch.randperm(len(data), generator=seeded(config.seed, "epoch", epoch))
             indices.append(order[position % len(data)])
-        generator = seeded(config.seed, "step", step, rank)
+        generator = seeded(config.seed, "step", draw, rank)
         clean, labels = data.batch(torch.stack(indices), generator)
         dropped = torch.rand(share, generator=generator) < model.config.label_dropout
         yield Batch(clean, torch.where(dropped, model.config.classes, labels),

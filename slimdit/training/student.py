@@ -49,6 +49,8 @@ class TrainingOptions:
         check_every: steps between these checks, each on calls of the teacher's that are not trained on.
         seed: of data order, noise and timesteps; left out, the run's.
         compile: whether to compile the training step.
+        repeat: steps after which images, noise and timesteps come again, with the teacher's answers kept in files from
+            the first time: for a teacher that costs more than reading. 0 draws anew at every step, and keeps nothing.
     """
 
     steps: int | None = None
@@ -63,6 +65,7 @@ class TrainingOptions:
     check_every: int = 250
     seed: int | None = None
     compile: bool = False
+    repeat: int = 0
 
     def check(self, method: str) -> None:
         """Refuse what is out of its range.
@@ -73,7 +76,7 @@ class TrainingOptions:
         if self.steps is not None and self.images is not None:
             raise ValueError(f"{method}: give steps or images, not both")
         for name, least in (("steps", 0), ("images", 0), ("batch", 1), ("samples", 1), ("patience", 0),
-                            ("check_every", 1)):
+                            ("check_every", 1), ("repeat", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{method}: {name} must be at least {least}, not {value}")
@@ -174,6 +177,12 @@ class StudentTraining:
         dtype = next(model.parameters()).dtype
         return in_precision(lambda x, t, y: model(x.to(dtype), t, y), uses_bf16("auto", self.device))
 
+    def kept(self, answers: Denoise) -> Denoise:
+        """A teacher's answers, each from a file once it was given, where draws come again."""
+        from .distillation import remembered
+
+        return remembered(answers, self.folder / "answers") if self.options.repeat else answers
+
     @property
     def plain(self) -> Denoise:
         """The teacher in float32, to be compared with."""
@@ -227,7 +236,8 @@ class StudentTraining:
         options = self.options
         return TrainConfig(steps=options.budget, batch=options.batch, learning_rate=options.learning_rate,
                            schedule=options.schedule, ema=options.ema, compile=options.compile, seed=self.own_seed,
-                           checkpoint_every=options.check_every, log_every=math.gcd(LOG_EVERY, options.check_every))
+                           checkpoint_every=options.check_every, log_every=math.gcd(LOG_EVERY, options.check_every),
+                           repeat=options.repeat)
 
     def images_of(self, pipeline: Pipeline) -> tuple[ImageData, str]:
         """The images to train on, and what they are called."""
