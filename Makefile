@@ -17,7 +17,7 @@ export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench methods benchmarks tables clean
+.PHONY: help install demo test lint bench methods study benchmarks tables clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,12 +40,18 @@ bench: $(INSTALLED) ## measure what results/demo lacks: the records that the REA
 methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
 
-benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 attention load_memory startup
+study: $(INSTALLED) ## measure what results/study lacks: attention, students and experts with their controls, two hours
+	$(BIN)/slimdit bench slimdit/assets/recipes/attention/*.toml slimdit/assets/recipes/students/*.toml \
+	  slimdit/assets/recipes/experts/*.toml slimdit/assets/recipes/compression/finetune-*.toml \
+	  --protocol study --out results/study --resume
 
-tables: $(INSTALLED) ## render the tables of README, docs/methods.md and benchmarks/README.md from their records
+benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
+	$(BIN)/python -m benchmarks.record int8 attention attention_kinds few_rows load_memory startup
+
+tables: $(INSTALLED) ## render the tables of README, docs/methods.md, docs/study.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
 	$(BIN)/slimdit report results/methods --update docs/methods.md --name methods
+	$(BIN)/slimdit report results/study --update docs/study.md --name study
 	$(BIN)/python -m benchmarks.record
 
 clean: ## remove the environment and the caches; runs/ and results/ stay

@@ -39,13 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time kinds of attention against softmax attention.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"], default=["float32"])
-    parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled", "eager"])
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"], default=["bfloat16"])
+    parser.add_argument("--modes", nargs="+", choices=["compiled", "eager"], default=["compiled"])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--mediators", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     rows = []
     for mode, dtype, kind in product(options.modes, options.dtypes, options.kinds):

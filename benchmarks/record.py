@@ -1,6 +1,6 @@
 """Run benchmarks, keep what they print in `results/benchmarks`, and render the tables of README.md beside this file.
 
-    python -m benchmarks.record int8 load_memory startup
+    python -m benchmarks.record int8 "attention --modes compiled" load_memory startup
 
 Without names it runs nothing, and renders what is kept.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,11 @@ RESULTS = PAGE.parents[1] / "results" / "benchmarks"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run benchmarks and render the tables of all that were kept.")
-    parser.add_argument("names", nargs="*", help="modules of this folder")
-    for name in parser.parse_args().names:
-        print(f"benchmarks.{name}", file=sys.stderr)
-        command = [sys.executable, "-m", f"benchmarks.{name}"]
+    parser.add_argument("names", nargs="*", help="modules of this folder, with their options in quotes")
+    for asked in parser.parse_args().names:
+        name, *options = shlex.split(asked)
+        print(f"benchmarks.{asked}", file=sys.stderr)
+        command = [sys.executable, "-m", f"benchmarks.{name}", *options]
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         write_json(RESULTS / f"{name}.json", json.loads(told.stdout.splitlines()[-1]))
     for path in sorted(RESULTS.glob("*.json")):
