@@ -10,6 +10,7 @@ from slimdit.models.dit import DiT, uniform
 from slimdit.models.linear import (
     FEW_ROWS,
     LINEARS,
+    READS_INTEGERS,
     Int8Dynamic,
     Int8WeightOnly,
     integer_matmul,
@@ -61,7 +62,7 @@ def test_output_is_near_the_float_layers_in_every_channel(kind, shape):
 def test_few_rows_in_bfloat16_are_multiplied_by_the_integers_themselves(shape, bias):
     packed, x = Int8WeightOnly.of(float_layer(bias=bias)).bfloat16(), torch.randn(shape).bfloat16()
     rows = x.reshape(-1, 48)
-    assert reads_integers(rows) == (len(rows) <= FEW_ROWS)
+    assert reads_integers(rows) == (len(rows) <= FEW_ROWS and READS_INTEGERS)
     expected = rows.double() @ packed.dequantize().double().t()
     expected = (expected if packed.bias is None else expected + packed.bias.double()).view(*shape[:-1], 40)
     actual = packed(x)
@@ -70,6 +71,12 @@ def test_few_rows_in_bfloat16_are_multiplied_by_the_integers_themselves(shape, b
     torch._dynamo.reset()  # it counts the layers compiled before
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(x), actual, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("inside", [1, 8, 17, 24, 40])
+def test_rows_of_no_whole_vectors_turn_the_weights_to_floats(inside):
+    packed, x = Int8WeightOnly.of(float_layer(inside)).bfloat16(), torch.randn(4, inside).bfloat16()
+    assert not reads_integers(x) and torch.isfinite(packed(x)).all()  # PyTorch's product would read past the weights
 
 
 def test_other_precisions_and_no_rows_turn_the_weights_to_floats():

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 PAIRS = list(product(EXAMPLES, EXAMPLES))
 
 
+@cache  # the tests of this file ask about every pair three times, and change nothing
 def rehearsed(first, second):
     """The twin after both methods, or why it was refused."""
     later = EXAMPLES[second]

@@ -26,6 +26,8 @@ ZERO = 128  # where 0 lies among the unsigned levels of a CPU's product
 # Whether oneDNN multiplies 8-bit integers here at full speed and without saturating: on a CPU with VNNI.
 FAST_PRODUCT = torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
 FEW_ROWS = 16  # up to which weights are read as integers: benchmarks/few_rows.py
+READS_INTEGERS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # whether PyTorch has a quick product for it
+VECTOR = 16  # floats of AVX-512
 TINY = torch.finfo(torch.float32).tiny  # smallest scale: a row or token of zeros stays zeros
 
 
@@ -134,9 +136,11 @@ class LowRank(nn.Module):
 def reads_integers(rows: Tensor) -> bool:
     """Whether a product of these rows reads int8 weights as they are sooner than it reads them turned to floats.
 
-    On a CPU the weights' bytes are all that a few rows cost, as in adaLN, of which an image is a row.
+    On a CPU the weights' bytes are all that a few rows cost, as in adaLN, of which an image is a row. PyTorch's product
+    reads them in whole vectors, past the end of a row that is none.
     """
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= FEW_ROWS
+    return (rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and 0 < len(rows) <= FEW_ROWS
+            and rows.shape[1] % VECTOR == 0 and READS_INTEGERS)
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
