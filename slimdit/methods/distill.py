@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..models.dit import DiT, DiTConfig
     from ..pipeline import Pipeline
 
-Weighting = Literal["none", "min_snr"]
 Criterion = Literal["taylor", "activation", "magnitude"]
 Init = Literal["inherit", "random"]
 Teacher = Literal["original", "before"]
@@ -42,7 +41,6 @@ class Distill(TrainingOptions):
         features: weight of the distance from the teacher's tokens at the first step; it falls in a line.
         features_until: share of the steps after which it is 0.
         sigmas: tokens further from the mean than so many standard deviations are left out of it.
-        weighting: of the timesteps in DiT's own loss: take what the model was trained with.
 
     Raises:
         ValueError: a number is out of its range, an option is unknown, or features are asked for without the teacher.
@@ -61,11 +59,10 @@ class Distill(TrainingOptions):
     features: float = 0.01
     features_until: float = 0.6
     sigmas: float = 2.0
-    weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
         self.check("distill")
-        for name, kind in (("criterion", Criterion), ("init", Init), ("teacher", Teacher), ("weighting", Weighting)):
+        for name, kind in (("criterion", Criterion), ("init", Init), ("teacher", Teacher)):
             self.check_choice("distill", name, kind)
         for name in ("blocks", "patch"):
             value = getattr(self, name)

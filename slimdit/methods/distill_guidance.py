@@ -71,7 +71,7 @@ class DistillGuidance(TrainingOptions):
         training.begin(pipeline)
         config = pipeline.model.config
         loss = teacher_loss(pipeline.process, training.kept(guided(training.expert, pipeline.sampling, config)), 1.0,
-                            distance=weighed_distance(config.channels, self.variance))
+                            self.weighting, weighed_distance(config.channels, self.variance))
         return training.train(pipeline, loss, held_out=guided_calls(training))
 
 

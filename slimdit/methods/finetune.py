@@ -7,7 +7,7 @@ to zero stay zero. Alone on the unchanged model it is the control of every metho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ..context import Context, require
 from ..training.student import StudentTraining, TrainingOptions, untrainable
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..models.dit import DiT
     from ..pipeline import Pipeline
 
-Weighting = Literal["none", "min_snr"]
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,16 @@ class Finetune(TrainingOptions):
     """Train on. Budget, rate, images and checks are the options of all methods that train; 0 steps change nothing.
 
     Attributes:
-        weighting: of the timesteps in DiT's own loss: take what the model was trained with.
         alpha: share of the teacher's output in the loss; 0 is DiT's own loss on the images.
 
     Raises:
         ValueError: a number is out of its range, or both steps and images are given.
     """
 
-    weighting: Weighting = "none"
     alpha: float = 0.0
 
     def __post_init__(self) -> None:
         self.check("finetune")
-        self.check_choice("finetune", "weighting", Weighting)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"finetune: alpha must be in 0..1, not {self.alpha}")
 

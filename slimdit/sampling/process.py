@@ -63,8 +63,7 @@ def training_loss(process: NoiseProcess, prediction: Tensor, clean: Tensor, nois
         prediction: (batch, channels or 2 channels, height, width), what the model said of the noisy signal.
         clean, noise: (batch, channels, height, width).
         t: (batch,), whole timesteps.
-        weighting: `"none"` as DiT; `"min_snr"` weighs the squared error by min(SNR, 5) / SNR (arXiv 2303.09556),
-            which spends a short budget on what can be seen.
+        weighting: of the squared error, see `loss_weight`.
 
     Returns:
         (batch,), float32.
@@ -73,16 +72,26 @@ def training_loss(process: NoiseProcess, prediction: Tensor, clean: Tensor, nois
     prediction = prediction.float()
     eps = prediction[:, :channels]
     loss = (eps - noise).square().flatten(1).mean(1)
-    if weighting == "min_snr":
-        kept = process.alphas_cumprod.to(t.device)[t].float()
-        snr = kept / (1 - kept)
-        loss = loss * snr.clamp(max=5.0) / snr
+    loss = loss * loss_weight(process, t, weighting)
     if prediction.shape[1] == 2 * channels:
         noisy = process.add_noise(clean, noise, t)
         # Improved DDPM, section 3.1: the bound trains the variance only, at 1/1000 of its weight.
         loss = loss + process.steps / 1000.0 * variational_bound(process, eps.detach(), prediction[:, channels:],
                                                                  clean, noisy, t)
     return loss
+
+
+def loss_weight(process: NoiseProcess, t: Tensor, weighting: LossWeighting) -> Tensor:
+    """What an error of the noise at these timesteps counts: (batch,) to float32 (batch,).
+
+    `"none"` weighs all alike, as DiT; `"min_snr"` by min(SNR, 5) / SNR (arXiv 2303.09556), which spends a short budget
+    on what can be seen.
+    """
+    if weighting == "none":
+        return torch.ones(t.shape, device=t.device)
+    kept = process.alphas_cumprod.to(t.device)[t].float()
+    snr = kept / (1 - kept)
+    return snr.clamp(max=5.0) / snr
 
 
 def variational_bound(process: NoiseProcess, eps: Tensor, variance: Tensor, clean: Tensor, noisy: Tensor,

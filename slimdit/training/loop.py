@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..files import read_tensors, write_tensors
 from ..models.dit import DiT, DiTConfig
 from ..pipeline import Runtime
-from ..sampling.process import Denoise, LossWeighting, NoiseProcess, training_loss
+from ..sampling.process import Denoise, LossWeighting, NoiseProcess, loss_weight, training_loss
 from ..sampling.seeds import seeded
 from .balance import balancing
 from .data import ImageData
@@ -153,7 +153,8 @@ def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weightin
                  distance: Distance = squared_distance) -> Loss:
     """(1 - alpha) DiT's own loss + alpha times the distance of all outputs from the teacher's.
 
-    Both see the same noise, timestep and dropped labels (output distillation, arXiv 1503.02531, for a regression).
+    Both see the same noise, timestep and dropped labels (output distillation, arXiv 1503.02531, for a regression), and
+    `weighting` weighs the timesteps of both.
     """
     own = denoising_loss(process, weighting)
     if alpha == 0:
@@ -164,7 +165,7 @@ def teacher_loss(process: NoiseProcess, teacher: Denoise, alpha: float, weightin
         with torch.no_grad():
             expected = teacher(noisy, batch.t, batch.labels)
         answer = model(noisy, batch.t, batch.labels)
-        apart = distance(answer, expected)
+        apart = distance(answer, expected) * loss_weight(process, batch.t, weighting)
         if alpha == 1:
             return apart
         return alpha * apart + (1 - alpha) * own(lambda x, t, y: answer, batch)

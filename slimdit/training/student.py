@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .loop import Loss, Progress, TrainConfig
 
 Schedule = Literal["constant", "cosine"]
+Weighting = Literal["none", "min_snr"]
 STEPS = 1000  # where no budget is given
 HELD_OUT = 32  # images of the teacher's whose calls are never trained on
 LOG_EVERY = 50  # steps
@@ -40,6 +41,8 @@ class TrainingOptions:
         steps, images: how long, one of them: optimizer steps, or images seen. 1000 steps if neither is given.
         batch: images of a step.
         learning_rate, schedule: the peak of AdamW's rate, and whether it stays or falls to 0 as a cosine.
+        weighting: of the timesteps, in the loss on images and in the distance from the teacher alike: take what the
+            model was trained with.
         ema: decay of the averaged weights, which are the ones kept.
         data: the images, as `slimdit train --data` names them. Left out, the run's own (`slimdit run --data`); where it
             has none, images that the teacher makes.
@@ -58,6 +61,7 @@ class TrainingOptions:
     batch: int = 64
     learning_rate: float = 1e-4
     schedule: Schedule = "cosine"
+    weighting: Weighting = "none"
     ema: float = 0.999
     data: str | None = None
     samples: int = 512
@@ -83,6 +87,7 @@ class TrainingOptions:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"{method}: learning_rate must be above 0, not {self.learning_rate}")
         self.check_choice(method, "schedule", Schedule)
+        self.check_choice(method, "weighting", Weighting)
         if not 0 <= self.ema < 1:
             raise ValueError(f"{method}: ema must be in 0..1 (1 excluded), not {self.ema}")
 
