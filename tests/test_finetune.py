@@ -286,7 +286,7 @@ def test_a_rehearsal_takes_a_step_or_two_of_the_twins_own_samples():
     assert twin.history == ({"finetune": {"batch": 512, "learning_rate": 1e-4, "schedule": "cosine", "ema": 0.999,
                                           "weighting": "none", "alpha": 0.0, "data": "/no/such/folder",
                                           "samples": 50_000, "patience": 1, "check_every": 250, "compile": True,
-                                          "steps": 100_000}},)
+                                          "repeat": 0, "steps": 100_000}},)
 
 
 @pytest.mark.parametrize("options, sentence", [

@@ -115,6 +115,8 @@ class Distill(TrainingOptions):
         model, config = pipeline.model, pipeline.model.config
         depth = len(config.blocks)
         blocks, patch = self.blocks or depth, self.patch or config.patch
+        if context.rehearsal:
+            patch = min(patch, *config.input_size)  # the twin's images are small
         require(blocks <= depth, f"distill makes a student of the model's own blocks, and {blocks} are more than its "
                                  f"{depth}: ask for fewer")
         require(patch % config.patch == 0 and not any(side % patch for side in config.input_size),
