@@ -11,6 +11,14 @@ from typing import Any, Literal
 from .strict import build, nearest
 
 SHIPPED = Path(__file__).parent / "assets" / "protocols"
+CONDITIONS = ("images", "seed", "labels", "reference", "features", "dither", "resize")
+"""What two rows must share to be compared; steps, solver and guidance may differ, and are what rows differ by."""
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The conditions that both rows know (are not None) and do not share: "images (16 and 32)"."""
+    return [f"{name} ({one[name]} and {other[name]})" for name in CONDITIONS
+            if one.get(name) is not None and other.get(name) is not None and one[name] != other[name]]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,22 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Refused(ValueError):  # noqa: N818 (a rule speaks; nothing went wrong)
+    """A rule says no: one sentence with what is wrong and what to do instead."""
+
+    exit_code = 3  # of the command line
+
+
+def require(condition: object, sentence: str) -> None:
+    """Refuse with a sentence unless the condition holds.
+
+    Raises:
+        Refused: it does not.
+    """
+    if not condition:
+        raise Refused(sentence)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A half sentence that names the right name for a wrong one: "did you mean x?" or "use one of ..."."""
     known = sorted(known)
