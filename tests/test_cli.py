@@ -18,7 +18,7 @@ from slimdit.formats import load
 from slimdit.methods.quantize import PROTECTED
 
 VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "sensitivity", "report",
-         "compare", "list")
+         "compare", "verify", "list")
 
 
 def call(*words: str | Path, code: int = 0) -> Result:

@@ -170,7 +170,7 @@ def read(path: Path) -> Record:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}): run its row again") from error
     if not isinstance(content, dict) or not {"schema", "sha256", "name"} <= content.keys():
         raise ValueError(f"{path} is not a slimdit record: it has no schema, name and hash")
@@ -181,6 +181,25 @@ def read(path: Path) -> Record:
     if content.pop("sha256") != content_hash(content):
         raise ValueError(f"{path} was changed after it was written (its hash does not match): run its row again")
     del content["schema"]
+    return _valid(content, path)
+
+
+def read_evidence(path: Path) -> list[Record]:
+    """The records in the `evidence.json` of a saved model: the baseline's, where it is not its own, then the model's.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): bench the model again") from error
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} is not a list of records: bench the model again")
+    return [_valid(one, path) for one in content]
+
+
+def _valid(content: Any, path: Path) -> Record:
     try:
         return RECORD.validate_json(json.dumps(content))
     except ValidationError as error:

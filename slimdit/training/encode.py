@@ -244,7 +244,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         whole = index["kind"] == KIND and all(isinstance(index[name], kind) for name, kind in wanted.items())
         whole = whole and len(index["shape"]) == 3 and min(index["count"], index["shard"], index["classes"]) > 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is not the index of latents that slimdit encode writes: encode the images again")
