@@ -152,10 +152,16 @@ class EncodedLatents:
 
     def _open(self, shard: int) -> tuple[Any, Any, Tensor]:
         """Slices of a shard's mean and std, (images, copies, *shape), which read only the rows asked for; labels."""
+        from safetensors import SafetensorError
+
         path = shard_path(self.folder, shard)
         file = _open_shard(path)
         images = min(self._shard, self._count - shard * self._shard)
-        mean, std, labels = file.get_slice("mean"), file.get_slice("std"), file.get_tensor("labels")
+        try:
+            mean, std, labels = file.get_slice("mean"), file.get_slice("std"), file.get_tensor("labels")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no shard of latents ({error}): delete it and run slimdit encode "
+                             "again") from error
         expected = [images, 1 + self.flips, *self.shape]
         if mean.get_shape() != expected or std.get_shape() != expected or labels.shape != (images,):
             raise ValueError(f"{path} does not hold the {images} latents its index says: delete it and run slimdit "
