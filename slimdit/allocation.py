@@ -83,7 +83,7 @@ def open_sensitivity(path: Path) -> Sensitivity:
         raise FileNotFoundError(f"{file} does not exist: make it with `slimdit sensitivity MODEL --out DIR`")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 alike
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 alike, nested too deep
         raise ValueError(f"{file} is not a whole JSON file ({error}): measure the sensitivity again") from error
     return build(Sensitivity, values, str(file))
 

@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from .context import require
 from .files import write_json, write_text
-from .protocol import Protocol, find_protocol
+from .protocol import Protocol, find_protocol, unlike
 from .recipe import Recipe, find, tour
 from .report.record import AA, BASELINE, RECORD, Record, in_order, provenance, read, read_all, record_path, write
-from .row import Row
+from .row import Row, recipe_dict
 from .strict import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-COMPARED = ("images", "seed", "batch", "features", "reference", "sampling")  # what two comparable benches share
 
 
 @dataclass(frozen=True)
@@ -168,8 +166,10 @@ def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
         show(row.name, stage, 0, 1)
         status, reason = run_stage(row, stage, spec, deadline, show)
         if status != "done":
-            record = Record(name=row.name, status=status, reason=reason, protocol=row.protocol.to_dict(),
-                            provenance=provenance(seeds={"images": row.seed}, device=row.device, command=row.command))
+            record = Record(name=row.name, status=status, reason=reason, recipe=recipe_dict(row),
+                            protocol={**row.protocol.to_dict(), "model": row.model},
+                            provenance=provenance(seeds={"images": row.seed}, dtype=row.protocol.runtime.dtype,
+                                                  device=row.device, command=row.command))
             write(record, Path(row.folder) / "records")
             return
 
@@ -362,10 +362,16 @@ def comparable(first: Path, second: Path) -> tuple[list[Record], list[Record]]:
     pairs = [(record, others[record.name]) for record in one if record.name in others]
     if not pairs:
         raise ValueError(f"{first} and {second} have no row in common")
-    changed = [key for key in COMPARED if any(a.protocol.get(key) != b.protocol.get(key) for a, b in pairs)]
+    changed = dict.fromkeys(name for a, b in pairs for name in unlike(conditions(a), conditions(b)))
     require(not changed, f"{first} and {second} were measured by different protocols ({', '.join(changed)}): compare "
                          "runs of one protocol")
     return one, two
+
+
+def conditions(record: Record) -> Mapping[str, Any]:
+    """What a row was measured under: as it was found, or where it ended before that, as its protocol asked."""
+    asked = {name: record.protocol.get(name) for name in ("images", "seed", "features", "reference")}
+    return record.protocol.get("conditions") or asked
 
 
 def side_by_side(one: Sequence[Record], two: Sequence[Record]) -> list[dict[str, Any]]:

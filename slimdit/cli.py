@@ -341,6 +341,23 @@ def compare(
         out.print(room.comparison_table(one, two))
 
 
+@app.command()
+@verb
+def verify(
+    model: Annotated[Path, typer.Argument(help="A model that `bench` made, with its evidence.json.")],
+    images: Annotated[int, typer.Option(min=2, help="Images to make again, from the first on.")] = 64,
+    device: Device = None, as_json: Json = False,
+) -> None:
+    """Measure a sample of a model's evidence again, and say whether it holds: exit with 4 if it does not."""
+    from . import verify as room
+
+    found = room.verify(model, images=images, device=_device(device), bar=_progress)
+    _answer(found, as_json)
+    if not found["holds"]:
+        broken = [name for name, finding in found["findings"].items() if not finding["holds"]]
+        _fail(f"the evidence of {model} does not hold: {', '.join(broken)}", GATE)
+
+
 @app.command(name="list")
 @verb
 def list_(

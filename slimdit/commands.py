@@ -91,7 +91,8 @@ def evaluate_model(source: str, against: str | None, open_model: Callable[[str],
     """Quality and cost of a model, or quality of an `.npz` of samples, beside another where given.
 
     Raises:
-        ValueError: the two have different numbers of images, or a file is refused.
+        Refused: the two have different numbers of images, or different labels.
+        ValueError: a file is refused.
     """
     from .metrics.evaluate import compare, distributions, open_reference
     from .metrics.features import extractor
@@ -109,11 +110,9 @@ def evaluate_model(source: str, against: str | None, open_model: Callable[[str],
                               "cost": first["cost"], "sha256": fingerprint(first["images"])}
     if against is not None:
         second = images_of(against, open_model, folder / "against", images, batch, seed, resume, progress)
-        if len(second["images"]) != len(first["images"]):
-            raise ValueError(f"{source} has {len(first['images'])} images and {against} {len(second['images'])}: "
-                             "compare equal numbers only")
         base = network(second["images"], range(len(second["images"])))
-        comparison = compare(first["images"], extracted, second["images"], base, target, network.name)
+        comparison = compare(first["images"], extracted, second["images"], base, target, network.name,
+                             labels=first["labels"], base_labels=second["labels"])
         result |= {"against_metrics": as_plain(distributions(base, second["labels"], target, network.name)),
                    "comparison": as_plain(comparison.intervals), "verdict": comparison.verdict,
                    "against_cost": second["cost"]}
@@ -149,7 +148,8 @@ def costs(pipeline: Pipeline) -> dict[str, Any]:
 
 def as_plain(intervals: Mapping[str, Any]) -> dict[str, Any]:
     """Intervals as JSON-ready dictionaries."""
-    return {name: {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+    return {name: {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n,
+                   "bias": interval.bias}
             for name, interval in intervals.items()}
 
 

@@ -9,25 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .strict import Refused as Refused
+from .strict import require as require
+
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .training.data import ImageData
-
-
-class Refused(ValueError):  # noqa: N818 (a rule speaks; nothing went wrong)
-    """A rule says no: one sentence with what is wrong and what to do instead."""
-
-    exit_code = 3  # of the command line
-
-
-def require(condition: object, sentence: str) -> None:
-    """Refuse with a sentence unless the condition holds.
-
-    Raises:
-        Refused: it does not.
-    """
-    if not condition:
-        raise Refused(sentence)
 
 
 def matching(patterns: tuple[str, ...], names: list[str], where: str) -> set[str]:

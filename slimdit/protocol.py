@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .strict import build, nearest
+from .strict import build, nearest, read_toml
 
 SHIPPED = Path(__file__).parent / "assets" / "protocols"
+CONDITIONS = ("images", "seed", "labels", "reference", "features", "dither", "resize")
+"""What two rows must share to be compared; steps, solver and guidance may differ, and are what rows differ by."""
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The conditions that both rows know (are not None) and do not share: "images (16 and 32)"."""
+    return [f"{name} ({one[name]} and {other[name]})" for name in CONDITIONS
+            if one.get(name) is not None and other.get(name) is not None and one[name] != other[name]]
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,7 @@ def find_protocol(name: str) -> Protocol:
         path = Path(name)
     if not path.is_file():
         raise ValueError(f"protocol {name!r} is neither a file nor shipped; {nearest(name, shipped_protocols())}")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    values = read_toml(path)
     return Protocol.from_dict(values, str(path))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from .context import Context, Refused
 from .files import write_json, write_text
 from .methods import METHODS, Method
-from .strict import build, convert, nearest
+from .strict import build, convert, nearest, parse_toml, read_text
 
 if TYPE_CHECKING:
     from .models.dit import DiT, DiTConfig
@@ -85,7 +84,7 @@ def read(path: Path) -> Recipe:
         ValueError: the file is not TOML, or names something unknown, or gives a value of the wrong type; the sentence
             has the file, the line and the nearest right name.
     """
-    return parse(path.read_text(encoding="utf-8"), str(path))
+    return parse(read_text(path), str(path))
 
 
 def parse(text: str, where: str = "recipe") -> Recipe:
@@ -94,10 +93,7 @@ def parse(text: str, where: str = "recipe") -> Recipe:
     Raises:
         ValueError: as `read`.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{where} is not TOML: {error}") from error
+    data = parse_toml(text, where)
     allowed = [field.name for field in fields(Recipe)]
     for key in data:
         if key not in allowed:

@@ -138,7 +138,7 @@ def measure(row: Row) -> Record:
     with watch.stage("sample"):
         images, labels, sampled = sample(row, pipeline)
     with watch.stage("quality"):
-        quality, against, verdict = judge(row, images, labels)
+        quality, against, verdict, conditions = judge(row, images, labels)
     metrics |= quality | costs(row, pipeline)
     remarks = []
     if row.timed:
@@ -149,7 +149,7 @@ def measure(row: Row) -> Record:
     if row.name != BASELINE:
         remarks = notes(row, sampled, against)
     record = Record(
-        name=row.name, recipe=recipe_dict(row), protocol=resolved(row, pipeline), metrics=metrics,
+        name=row.name, recipe=recipe_dict(row), protocol=resolved(row, pipeline, conditions), metrics=metrics,
         against_baseline=against, verdict=verdict, remarks=tuple(remarks),
         witness=json.loads((row.maker.home / "witness.json").read_text()),
         provenance=provenance(seeds={"images": row.seed}, dtype=pipeline.runtime.dtype, device=row.device,
@@ -210,9 +210,10 @@ def sample(row: Row, pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, str]:
     return images, labels, fingerprint(images)
 
 
-def judge(row: Row, images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, Value], dict[str, Value], str]:
-    """Quality metrics, differences to the baseline with intervals, and the verdict."""
-    from .metrics.evaluate import compare, distributions, open_reference
+def judge(row: Row, images: np.ndarray,
+          labels: np.ndarray) -> tuple[dict[str, Value], dict[str, Value], str, dict[str, Any]]:
+    """Quality metrics, differences to the baseline with intervals, the verdict, and what they were measured under."""
+    from .metrics.evaluate import compare, conditions, distributions, open_reference
     from .metrics.features import extractor
     from .sample_set import SampleSet
 
@@ -228,15 +229,18 @@ def judge(row: Row, images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, V
     tell(row, "intervals", 0, 1)
     metrics = {name: as_value(name, interval) for name, interval in
                distributions(features, labels, reference, network.name, **settings).items()}
+    found = conditions(len(images), row.seed, labels, reference, network)
     if row.name == BASELINE:
-        return metrics, {}, ""
+        return metrics, {}, "", found
     base = row.baseline()
     origin = {"model": model_hash(base.saved), "protocol": protocol.name}
-    base_images, _ = SampleSet(base.home / "images", protocol.images, base.seed, protocol.batch, origin).read()
+    base_images, base_labels = SampleSet(base.home / "images", protocol.images, base.seed, protocol.batch,
+                                         origin).read()
     comparison = compare(images, features, base_images, load_features(base.home / "features.npz"), reference,
-                         network.name, paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
+                         network.name, labels=labels, base_labels=base_labels,
+                         paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
     against = {name: as_value(name, interval) for name, interval in comparison.intervals.items()}
-    return metrics, against, comparison.verdict
+    return metrics, against, comparison.verdict, found
 
 
 def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Value]]:
@@ -271,7 +275,8 @@ def as_value(name: str, interval: Any) -> Value:
     from .metrics import METRICS
 
     metric = METRICS.get(name.removesuffix("_difference"))
-    return Value(float(interval.value), interval.low, interval.high, interval.n, metric.unit if metric else "")
+    return Value(float(interval.value), interval.low, interval.high, interval.n, metric.unit if metric else "",
+                 interval.bias)
 
 
 def costs(row: Row, pipeline: Pipeline) -> dict[str, Value]:
@@ -306,10 +311,11 @@ def notes(row: Row, sampled: str, against: Mapping[str, Value]) -> list[str]:
     return said
 
 
-def resolved(row: Row, pipeline: Pipeline) -> dict[str, Any]:
-    """The protocol as it came to be for this row, with the row's own sampling and runtime."""
-    return {**row.protocol.to_dict(), "model": row.model, "row_sampling": pipeline.sampling.to_dict(),
-            "row_runtime": asdict(pipeline.runtime)}
+def resolved(row: Row, pipeline: Pipeline, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol as it came to be for this row: its conditions, the model measured, its sampling and runtime."""
+    return {**row.protocol.to_dict(), "model": row.model, "row_model": model_hash(row.saved),
+            "row_sampling": pipeline.sampling.to_dict(), "row_runtime": asdict(pipeline.runtime),
+            "conditions": dict(conditions)}
 
 
 def recipe_dict(row: Row) -> dict[str, Any]:

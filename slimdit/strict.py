@@ -3,13 +3,64 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Refused(ValueError):  # noqa: N818 (a rule speaks; nothing went wrong)
+    """A rule says no: one sentence with what is wrong and what to do instead."""
+
+    exit_code = 3  # of the command line
+
+
+def require(condition: object, sentence: str) -> None:
+    """Refuse with a sentence unless the condition holds.
+
+    Raises:
+        Refused: it does not.
+    """
+    if not condition:
+        raise Refused(sentence)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ValueError: it is not TOML.
+    """
+    return parse_toml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """A text file that people wrote.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}): write it as a plain text file") from error
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text; `where` is what errors call it.
+
+    Raises:
+        ValueError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not a TOML file: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,11 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from slimdit import bench
+from slimdit.cli import app
 from slimdit.context import Refused
-from slimdit.protocol import Protocol, find_protocol, shipped_protocols
-from slimdit.report.record import AA, BASELINE, Record, Value, read, record_path, write
+from slimdit.metrics import METRICS
+from slimdit.protocol import CONDITIONS, Protocol, find_protocol, shipped_protocols
+from slimdit.report import render
+from slimdit.report.record import AA, BASELINE, SCHEMA, Record, Value, read, record_path, write
 from slimdit.row import Row
 
 FEWER = """
@@ -58,6 +62,29 @@ def test_a_bench_measures_baseline_floor_and_recipes_with_intervals(records: dic
     assert fewer.verdict == "no loss within 1000"
     assert fewer.witness[0]["method"] == "reduce_steps"
     assert fewer.metrics["peak_memory"].value > 0
+
+
+def test_every_record_says_all_that_is_needed_to_believe_it(plan: bench.Plan, records: dict[str, Record]) -> None:
+    for name, record in records.items():
+        content = json.loads(record_path(plan.folder / "records", name).read_text())
+        assert content["schema"] == SCHEMA and len(content["images"]["sha256"]) == 64
+        where = record.provenance
+        assert where["seeds"] == {"images": 1 if name == AA else 0}
+        assert where["dtype"] == "float32" and where["device"] == "cpu" and where["cpu"] and where["threads"] > 0
+        assert {"gpu", "commit", "dirty", "date", "command"} <= where.keys()
+        assert {"slimdit", "python", "torch", "numpy"} <= where["versions"].keys()
+        assert {"load", "sample", "quality"} <= record.seconds.keys() and min(record.seconds.values()) > 0
+        assert set(record.protocol["conditions"]) == set(CONDITIONS)
+        assert {**plan.protocol.to_dict(), "model": plan.model}.items() <= record.protocol.items()
+        assert bool(record.recipe) == (name not in (BASELINE, AA))
+    assert records["fewer"].protocol["conditions"] == records[BASELINE].protocol["conditions"]
+    assert records[BASELINE].metrics["fd_lite0"].bias > 0  # too few images make a distance too high
+
+
+def test_every_quality_metric_has_its_paired_difference(records: dict[str, Record]) -> None:
+    measured = {"fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0", "class_accuracy"}
+    assert measured <= records[BASELINE].metrics.keys()
+    assert {f"{name}_difference" for name in measured} <= records["fewer"].against_baseline.keys()
 
 
 def test_a_row_that_changes_nothing_says_so(records: dict[str, Record]) -> None:
@@ -169,8 +196,9 @@ def stage(monkeypatch: pytest.MonkeyPatch, row: Row, code: str) -> Record:
 ])
 def test_a_row_that_dies_is_a_record_with_its_reason(monkeypatch: pytest.MonkeyPatch, row: Row, code: str, status: str,
                                                      reason: str) -> None:
-    record = stage(monkeypatch, row, code)
+    record = stage(monkeypatch, replace(row, recipe='name = "bad"\nmethods = [{quantize = {}}]'), code)
     assert record.status == status and reason in record.reason
+    assert record.recipe["methods"] and record.protocol["model"] == "missing" and record.provenance["seeds"]
 
 
 def test_a_row_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
@@ -209,8 +237,33 @@ def test_compare_refuses_other_protocols(tmp_path: Path) -> None:
         write(record, tmp_path / name / "records")
     one, two = bench.comparable(tmp_path / "one", tmp_path / "two")
     assert bench.side_by_side(one, two)[0]["first"]["value"] == 1.0
-    with pytest.raises(Refused, match="different protocols \\(images\\)"):
+    with pytest.raises(Refused, match="different protocols \\(images \\(16 and 32\\)\\)"):
         bench.comparable(tmp_path / "one", tmp_path / "three")
+
+
+MEASURED = {"images": 16, "seed": 0, "labels": "aa", "reference": "real, sha256 bb", "features": "lite0", "dither": 8.0,
+            "resize": "112 x 112"}
+OTHER = {"images": 17, "seed": 1, "labels": "ab", "reference": "real, sha256 cc", "features": "inception",
+         "dither": 0.0, "resize": "299 x 299"}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_compare_refuses_rows_measured_otherwise(tmp_path: Path, condition: str) -> None:
+    for folder, changed in (("one", {}), ("two", {condition: OTHER[condition]})):
+        write(Record(BASELINE, protocol={"conditions": {**MEASURED, **changed}}), tmp_path / folder / "records")
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "one"), str(tmp_path / "two")])
+    assert result.exit_code == 3 and f"({condition} (" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_compare_puts_rows_of_other_steps_and_guidance_side_by_side(tmp_path: Path) -> None:
+    for folder, steps in (("one", 50), ("two", 10)):
+        sampling = {"solver": "ddim", "steps": steps, "guidance": 1.5}
+        record = Record(BASELINE, protocol={"conditions": MEASURED, "row_sampling": sampling},
+                        metrics={"fd_lite0": Value(1.0, 0.5, 1.5, 16)})
+        write(record, tmp_path / folder / "records")
+    one, two = bench.comparable(tmp_path / "one", tmp_path / "two")
+    row = render.compare(one, two, METRICS).table.rows[0]
+    assert row.note == "ddim, 50 steps, guidance 1.5 → ddim, 10 steps, guidance 1.5"
 
 
 def test_two_recipes_of_one_name_are_refused(tiny_model: Path, tiny_protocol: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from slimdit.formats import load
 from slimdit.methods.quantize import PROTECTED
 
 VERBS = ("bench", "run", "sample", "evaluate", "train", "encode", "inspect", "check", "sensitivity", "report",
-         "compare", "list")
+         "compare", "verify", "list")
 
 
 def call(*words: str | Path, code: int = 0) -> Result:
@@ -136,7 +136,11 @@ def test_evaluate_against_another_and_of_npz(tiny_model: Path, tmp_path: Path) -
     again = answer("evaluate", tmp_path / "s" / "samples.npz")
     assert again["metrics"]["fd_lite0"]["value"] == pytest.approx(told["metrics"]["fd_lite0"]["value"], rel=0.05)
     short = answer("sample", tiny_model, "--images", "8", "--form", "npz", "--out", tmp_path / "t")["files"][0]
-    assert "compare equal numbers only" in sentence("evaluate", tmp_path / "s" / "samples.npz", "--against", short)
+    whole = tmp_path / "s" / "samples.npz"
+    assert "compare equal numbers only" in sentence("evaluate", whole, "--against", short, code=3)
+    with np.load(whole) as file:
+        np.savez(tmp_path / "labels.npz", arr_0=file["arr_0"], arr_1=file["arr_1"][::-1])
+    assert "different labels" in sentence("evaluate", whole, "--against", tmp_path / "labels.npz", code=3)
 
 
 def test_sensitivity_in_time_and_resumed(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slimdit.context import Refused
 from slimdit.metrics import METRICS
 from slimdit.metrics.adm import write_samples, write_statistics
-from slimdit.metrics.evaluate import compare, distributions, metric_name, open_reference
+from slimdit.metrics.evaluate import compare, conditions, distributions, metric_name, open_reference
 from slimdit.metrics.features import Features, Reference, bundled_images, extractor
 from slimdit.metrics.quality import Statistics
+from slimdit.protocol import CONDITIONS, unlike
 
 rng = np.random.default_rng(0)
 REAL = rng.normal(size=(300, 6))
@@ -74,8 +76,36 @@ def test_other_seeds_are_not_called_pairs() -> None:
 
 
 def test_unequal_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="compare equal numbers only"):
+    with pytest.raises(Refused, match="compare equal numbers only"):
         compare(pictures(4), Features(REAL[:4]), pictures(5), Features(REAL[:5]), reference(), "lite0")
+
+
+def test_pairs_of_unequal_labels_are_refused() -> None:
+    sides = (pictures(8), Features(REAL[:8]), pictures(8), Features(REAL[8:16]), reference(), "lite0")
+    labels = np.arange(8) % 3
+    with pytest.raises(Refused, match="different labels"):
+        compare(*sides, labels=labels, base_labels=labels[::-1], resamples=20)
+    assert "class_accuracy_difference" in compare(*sides, labels=labels, base_labels=labels, resamples=20).intervals
+    compare(*sides, labels=labels, base_labels=labels[::-1], paired_images=False, resamples=20)
+
+
+def test_every_metric_of_inception_has_its_difference() -> None:
+    one, other = (Features(rng.normal(size=(30, 6)), rng.normal(size=(30, 5)), rng.normal(size=(30, 4)))
+                  for _ in range(2))
+    target = reference(spatial=Statistics.of(rng.normal(size=(300, 5))), features="inception")
+    found = compare(pictures(30), one, pictures(30), other, target, "inception", resamples=20).intervals
+    measured = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
+    assert {f"{name}_difference" for name in measured} <= set(found)
+
+
+def test_conditions_name_labels_reference_and_network() -> None:
+    network, labels = extractor("lite0"), np.arange(8)
+    one = conditions(8, 0, labels, reference(), network)
+    assert set(one) == set(CONDITIONS) and one["dither"] == 8 and "bilinear" in one["resize"]
+    assert unlike(one, conditions(8, 0, labels, reference(), network)) == []
+    assert unlike(one, conditions(8, 0, None, reference(), network)) == []  # what is not known is not refused
+    assert [said.partition(" ")[0] for said in unlike(one, conditions(9, 1, labels[::-1], reference(
+        statistics=Statistics.of(REAL + 1)), network))] == ["images", "seed", "labels", "reference"]
 
 
 def test_references_of_the_user(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     {"methods"},
     {"recipe"},
     {"commands", "row", "sensitivity"},
-    {"bench", "catalogue", "assets"},
+    {"bench", "catalogue", "assets", "verify"},
     {"cli"},
 ]
 """From the ground up; rooms of one floor do not import each other."""

@@ -103,7 +103,7 @@ stepz = 3
 
 
 def test_not_toml_and_missing_parts_are_said():
-    with pytest.raises(ValueError, match=r"not TOML.*line 2"):
+    with pytest.raises(ValueError, match=r"not a TOML file.*line 2"):
         parse("name = 'a'\nmethods = [}")
     with pytest.raises(ValueError, match="has no methods"):
         parse('name = "a"')

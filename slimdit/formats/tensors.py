@@ -100,9 +100,13 @@ def read_pickled(path: Path) -> Any:
     """
     check_size(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise FormatError(f"{path} unpacks to more than its size, which PyTorch never writes: refused", 3)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+        except Exception as error:  # a directory of damaged bytes
+            raise FormatError(_unreadable(path, error)) from error
+        if unpacked > path.stat().st_size:
+            raise FormatError(f"{path} unpacks to more than its size, which PyTorch never writes: refused", 3)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

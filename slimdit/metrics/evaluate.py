@@ -9,14 +9,26 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..strict import require
 from . import METRICS, paired, quality
 from .adm import read_samples, read_statistics
 from .features import Extractor, Features, Reference, bundled_reference
-from .intervals import RESAMPLES, Interval, bootstrap, bootstrap_difference, bootstrap_mean, verdict
+from .intervals import (
+    RESAMPLES,
+    Interval,
+    Resampled,
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_mean,
+    mean_of,
+    verdict,
+)
 
 NAMES: Mapping[str, str] = {"fd": "fid", "kid": "kid", "precision": "precision", "recall": "recall"}
 """What the metrics are called on Inception features."""
@@ -43,24 +55,38 @@ def distributions(features: Features, labels: np.ndarray | None, reference: Refe
     if pool.shape[1] != len(reference.statistics.mu):
         raise ValueError(f"the reference {reference.name} has statistics of {len(reference.statistics.mu)} features, "
                          f"{network} gives {pool.shape[1]}: give a reference of the same network, or its images")
-    options = {"resamples": resamples, "seed": seed}
-    found = {metric_name("fd", network): bootstrap(quality.frechet_of(pool, reference.statistics), n, **options)}
+    return {name: bootstrap(metric, n, resamples=resamples, seed=seed)
+            for name, metric in over_resamples(features, labels, reference, network).items()}
+
+
+def over_resamples(features: Features, labels: np.ndarray | None, reference: Reference,
+                   network: str) -> dict[str, Resampled]:
+    """The metrics that these features, this reference and these labels allow, each over resamples of the images."""
+    pool = features.pool
+    found = {metric_name("fd", network): quality.frechet_of(pool, reference.statistics)}
     if features.spatial is not None and reference.spatial is not None:
-        found["sfid"] = bootstrap(quality.frechet_of(features.spatial, reference.spatial), n, **options)
+        found["sfid"] = quality.frechet_of(features.spatial, reference.spatial)
     if features.logits is not None:
-        found["inception_score"] = bootstrap(quality.inception_score_of(features.logits), n, **options)
-    if reference.pool is not None:
-        found[metric_name("kid", network)] = bootstrap(
-            quality.kid_of(pool, reference.pool, reference.mean_kernel), n, **options)
-        among = quality.precision(pool, reference.pool)
-        found[metric_name("precision", network)] = bootstrap_mean(among, seed=seed)
-        covered = quality.recall(pool, reference.pool)
-        found[metric_name("recall", network)] = bootstrap_mean(covered, seed=seed)
+        found["inception_score"] = quality.inception_score_of(features.logits)
+    if reference.pool is not None and reference.radii is not None:
+        found[metric_name("kid", network)] = quality.kid_of(pool, reference.pool, reference.mean_kernel)
+        among = quality.inside(pool, reference.pool, reference.radii)
+        found[metric_name("precision", network)] = mean_of(among)
+        found[metric_name("recall", network)] = quality.recall_of(pool, reference.pool)
     if labels is not None and reference.pool is not None and reference.labels is not None \
             and labels.max() < (reference.classes or 0):
-        hits = quality.class_accuracy(pool, labels, reference.pool, reference.labels)
-        found["class_accuracy"] = bootstrap_mean(hits, seed=seed)
+        found["class_accuracy"] = mean_of(quality.class_accuracy(pool, labels, reference.pool, reference.labels))
     return found
+
+
+def conditions(images: int, seed: int | None, labels: np.ndarray | None, reference: Reference,
+               network: Extractor) -> dict[str, Any]:
+    """What a row was measured under, as `protocol.CONDITIONS` names it; None where it is not known."""
+    return {"images": images, "seed": seed,
+            "labels": None if labels is None else sha256(labels.astype(np.int64).tobytes()).hexdigest(),
+            "reference": f"{reference.name}, sha256 {reference.sha256}",
+            "features": f"{network.name}, weights sha256 {network.weights}", "dither": network.dither,
+            "resize": network.resize}
 
 
 @dataclass(frozen=True)
@@ -78,34 +104,29 @@ class Comparison:
 
 
 def compare(images: np.ndarray, features: Features, base_images: np.ndarray, base: Features, reference: Reference,
-            network: str, *, paired_images: bool = True, margin: Mapping[str, float] | None = None,
-            resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+            network: str, *, labels: np.ndarray | None = None, base_labels: np.ndarray | None = None,
+            paired_images: bool = True, margin: Mapping[str, float] | None = None, resamples: int = RESAMPLES,
+            seed: int = 0) -> Comparison:
     """A variant beside its baseline, image by image.
 
     Args:
         images, base_images: uint8 (n, height, width, channels), equal numbers.
+        labels, base_labels: the class each image was made for, (n,), where that is known.
         paired_images: whether images of one place share noise and label (not so for other seeds).
         margin: per metric, the rise that still counts as no loss.
 
     Raises:
-        ValueError: the numbers of images differ: distances of unequal numbers do not compare.
+        Refused: the numbers of images differ, whose distances have different biases, or the labels of pairs do.
     """
-    n = len(images)
-    if n != len(base_images):
-        raise ValueError(f"{n} images cannot be compared with {len(base_images)}: compare equal numbers only")
-    options = {"resamples": resamples, "seed": seed}
-    name = metric_name("fd", network)
-    found = {f"{name}_difference": bootstrap_difference(
-        quality.frechet_of(features.pool, reference.statistics),
-        quality.frechet_of(base.pool, reference.statistics), n, **options)}
-    if features.spatial is not None and base.spatial is not None and reference.spatial is not None:
-        found["sfid_difference"] = bootstrap_difference(
-            quality.frechet_of(features.spatial, reference.spatial),
-            quality.frechet_of(base.spatial, reference.spatial), n, **options)
-    if reference.pool is not None:
-        found[f"{metric_name('kid', network)}_difference"] = bootstrap_difference(
-            quality.kid_of(features.pool, reference.pool, reference.mean_kernel),
-            quality.kid_of(base.pool, reference.pool, reference.mean_kernel), n, **options)
+    n, name = len(images), metric_name("fd", network)
+    require(n == len(base_images), f"{n} images cannot be compared with {len(base_images)}: compare equal numbers only")
+    require(not paired_images or labels is None or base_labels is None or np.array_equal(labels, base_labels),
+            "images of one place were made for different labels: compare sets of the same seed and labels")
+    ours = over_resamples(features, labels, reference, network)
+    theirs = over_resamples(base, base_labels, reference, network)
+    found = {f"{metric}_difference": bootstrap_difference(ours[metric], theirs[metric], n, resamples=resamples,
+                                                          seed=seed)
+             for metric in ours if metric in theirs}
     if paired_images:
         found["psnr"] = bootstrap_mean(paired.psnr(images, base_images), seed=seed)
         if min(images.shape[1:3]) >= paired.WINDOW:

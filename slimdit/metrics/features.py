@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..sampling.seeds import seeded
 from . import inception, lite0
-from .quality import Statistics, mean_kernel
+from .quality import Statistics, mean_kernel, radii
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DITHER = 8.0  # standard deviation, of 255: see `dithered`
@@ -46,12 +46,15 @@ class Extractor:
 
     Attributes:
         name: its key in `FEATURES`; a distance measured with it says so (`fd_<name>`).
+        weights: hash of its weights.
         dither: standard deviation of the noise added to every image, of 255.
+        resize: how images come to the network's size.
         definition: the sentence to print with its numbers.
     """
 
-    def __init__(self, name: str, definition: str, forward: Forward, *, dither: float, device: str) -> None:
-        self.name, self.definition, self.dither = name, definition, dither
+    def __init__(self, name: str, definition: str, forward: Forward, *, weights: str, dither: float, resize: str,
+                 device: str) -> None:
+        self.name, self.definition, self.weights, self.dither, self.resize = name, definition, weights, dither, resize
         self._forward, self._device = forward, torch.device(device)
 
     def __call__(self, images: np.ndarray, ids: Sequence[int], *, batch: int = BATCH,
@@ -106,16 +109,19 @@ def extractor(name: str, *, weights: str | Path | None = None, device: str = "cp
 
 def lite0_extractor(weights: str | Path | None, device: str) -> Extractor:
     """The bundled network. Its resize is bilinear, half pixel centres (align_corners=False), antialias=False."""
-    network = lite0.load_lite0(Path(weights) if weights else lite0.WEIGHTS).to(device)
+    path = Path(weights) if weights else lite0.WEIGHTS
+    network = lite0.load_lite0(path).to(device)
 
     def forward(images: Tensor) -> tuple[Tensor, ...]:
         return (network(F.interpolate(images, (lite0.SIDE, lite0.SIDE), mode="bilinear", align_corners=False,
                                       antialias=False)),)
 
+    resize = f"{lite0.SIDE} x {lite0.SIDE} (bilinear, no antialias)"
     definition = (f"lite0: spatial mean of block 10 of EfficientNet-Lite0 (ImageNet), {lite0.WIDTH} features; images "
                   f"dithered with noise of standard deviation {DITHER:g} of 255 seeded by image id, clipped, resized "
-                  f"to {lite0.SIDE} x {lite0.SIDE} (bilinear, no antialias). Not FID, nor to be set beside it.")
-    return Extractor("lite0", definition, forward, dither=DITHER, device=device)
+                  f"to {resize}. Not FID, nor to be set beside it.")
+    return Extractor("lite0", definition, forward, weights=short_hash(path), dither=DITHER, resize=resize,
+                     device=device)
 
 
 def inception_extractor(weights: str | Path | None, device: str) -> Extractor:
@@ -125,11 +131,15 @@ def inception_extractor(weights: str | Path | None, device: str) -> Extractor:
                          f"{Path(inception.URL).name}, or 'download' to fetch it")
     path = inception.download() if weights == "download" else Path(weights)
     network = inception.load_inception(path).to(device)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    definition = (f"inception: pool3 of Inception-v3 (TensorFlow 2015, PyTorch port, weights sha256 {digest[:8]}), "
-                  "2048 features; spatial: mixed_6/conv channels 0..6; images resized to 299 x 299 as TensorFlow 1 did "
-                  "(bilinear, no antialias), no dither.")
-    return Extractor("inception", definition, network, dither=0.0, device=device)
+    digest, resize = short_hash(path), "299 x 299 as TensorFlow 1 did (bilinear, no antialias)"
+    definition = (f"inception: pool3 of Inception-v3 (TensorFlow 2015, PyTorch port, weights sha256 {digest}), "
+                  f"2048 features; spatial: mixed_6/conv channels 0..6; images resized to {resize}, no dither.")
+    return Extractor("inception", definition, network, weights=digest, dither=0.0, resize=resize, device=device)
+
+
+def short_hash(path: Path) -> str:
+    """The first 8 digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 FEATURES: Mapping[str, Callable[[str | Path | None, str], Extractor]] = {
@@ -195,6 +205,23 @@ class Reference:
     def mean_kernel(self) -> float | None:
         """The reference's own part of KID, which takes longer than the rest."""
         return None if self.pool is None else mean_kernel(self.pool)
+
+    @cached_property
+    def radii(self) -> np.ndarray | None:
+        """How far the reference's own balls reach, for precision: squared distances of the third neighbours."""
+        return None if self.pool is None else radii(self.pool, 3)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of everything numbers are measured against, by which two references are known to be one."""
+        hashed = hashlib.sha256(self.features.encode())
+        for part in (self.statistics, self.spatial):
+            if part is not None:
+                hashed.update(part.mu.tobytes() + part.sigma.tobytes())
+        for array in (self.pool, self.labels):
+            if array is not None:
+                hashed.update(np.ascontiguousarray(array).tobytes())
+        return hashed.hexdigest()
 
     @cached_property
     def classes(self) -> int | None:

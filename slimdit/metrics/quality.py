@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..sampling.seeds import seeded
 
@@ -16,6 +17,9 @@ Resampled = Callable[[np.ndarray], np.ndarray]
 """How often each image is drawn, (resamples, n), to the metric of every resample, (resamples,)."""
 
 ROWS = 1024  # images per block of a distance matrix: 1024 x 50,000 doubles are 400 MB
+NEIGHBOURS = 64  # of an image that a resample's recall looks at
+TINY = np.finfo(np.float64).tiny
+WIDE = 1024  # features from which on the covariances of resamples are taken in float32
 
 
 @dataclass(frozen=True)
@@ -83,21 +87,36 @@ def root(sigma: np.ndarray) -> np.ndarray:
 
 
 def frechet_of(features: np.ndarray, reference: Statistics) -> Resampled:
-    """The Fréchet distance of features (n, d) to a reference, over resamples of the images."""
-    half, x = root(reference.sigma), features - reference.mu  # centred once: no cancellation in the covariance below
+    """The Fréchet distance of features (n, d) to a reference, over resamples of the images.
+
+    The reference's root is multiplied into the features once, so that a resample costs one weighted covariance and its
+    eigenvalues. From `WIDE` features on those are taken in float32, which moves a resample far less than resampling
+    does; all images once, which is the estimate itself, stays in float64.
+    """
+    x = features - reference.mu  # centred once: no cancellation in the covariance below
+    squares, rooted = (x ** 2).sum(1), x @ root(reference.sigma)
+    quick = rooted.astype(np.float32) if rooted.shape[1] >= WIDE else rooted
+    scale = np.trace(reference.sigma)
 
     def resampled(weights: np.ndarray) -> np.ndarray:
         return np.array([one(row) for row in weights])
 
     def one(weights: np.ndarray) -> float:
-        n = weights.sum()
+        n, drawn = weights.sum(), np.flatnonzero(weights)
         mu = weights @ x / n
-        sigma = (x.T @ (weights[:, None] * x) - n * np.outer(mu, mu)) / (n - 1)
-        rank = np.count_nonzero(weights) - 1  # the eigenvalues beyond are rounding, which a root would magnify
-        cross = np.sqrt(np.linalg.eigvalsh(half @ sigma @ half)[-rank:].clip(min=0)).sum() if rank else 0
-        return mu @ mu + np.trace(sigma) + np.trace(reference.sigma) - 2 * cross
+        spread = (weights @ squares - n * (mu @ mu)) / (n - 1)  # the trace of the covariance
+        return mu @ mu + spread + scale - 2 * cross(rooted if (weights == 1).all() else quick, weights, drawn)
 
     return resampled
+
+
+def cross(rooted: np.ndarray, weights: np.ndarray, drawn: np.ndarray) -> float:
+    """tr (A B)^½ for features with B^½ multiplied in, (n, d), of which those at `drawn` count `weights` times."""
+    n, counts, rows = weights.sum(), weights[drawn].astype(rooted.dtype), rooted[drawn]
+    scaled = (rows - counts @ rows / counts.sum()) * np.sqrt(counts / (n - 1))[:, None]
+    rank = min(len(drawn) - 1, rooted.shape[1])  # the eigenvalues beyond are rounding, which a root would magnify
+    values = torch.linalg.eigvalsh(torch.from_numpy(scaled.T @ scaled)).double()
+    return float(values[len(values) - rank:].clamp(min=0).sqrt().sum())
 
 
 def kid(features: np.ndarray, reference: np.ndarray) -> float:
@@ -167,6 +186,58 @@ def recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> np.ndarra
         ValueError: there are k images or fewer.
     """
     return inside(reference, features, radii(features, k))
+
+
+def recall_of(features: np.ndarray, reference: np.ndarray, k: int = 3) -> Resampled:
+    """The recall over resamples of the images: a ball reaches to the k-th nearest other image that was drawn.
+
+    Copies of an image are no neighbours of it, which would shrink its ball to nothing. Of every image only the
+    `NEIGHBOURS` nearest are kept, of which one resample in a hundred million draws fewer than three; of every
+    reference image only the `NEIGHBOURS` balls that come nearest to holding it, for their size.
+
+    Raises:
+        ValueError: there are k images or fewer.
+    """
+    others = min(NEIGHBOURS, len(features) - 1)
+    near, distance = neighbours(features, features, others + 1)
+    first = np.argmax(near == np.arange(len(features))[:, None], axis=1)  # itself, which equal images may precede
+    apart = np.arange(others + 1) != first[:, None]
+    near, distance = near[apart].reshape(-1, others), distance[apart].reshape(-1, others)
+    if others < k:
+        raise ValueError(f"{len(features)} images have no {k}-th neighbour: give more than {k}")
+    balls, to_balls = holding(reference, features, distance[:, k - 1])
+
+    def resampled(weights: np.ndarray) -> np.ndarray:
+        return np.array([one(drawn) for drawn in weights > 0])
+
+    def one(drawn: np.ndarray) -> float:
+        there = drawn[near].cumsum(1) == k
+        reach = np.where(there.any(1), distance[np.arange(len(distance)), there.argmax(1)], np.inf)
+        return float(((to_balls <= reach[balls]) & drawn[balls]).any(1).mean())
+
+    return resampled
+
+
+def neighbours(points: np.ndarray, members: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest members of every point, nearest first: their places and squared distances, (len(points), count)."""
+    found = []
+    for rows in blocks(points):
+        distances = squared_distances(rows, members)
+        places = np.argpartition(distances, count - 1, axis=1)[:, :count]
+        near = np.take_along_axis(distances, places, 1)
+        order = near.argsort(1, kind="stable")
+        found.append((np.take_along_axis(places, order, 1), np.take_along_axis(near, order, 1)))
+    return np.concatenate([places for places, _ in found]), np.concatenate([near for _, near in found])
+
+
+def holding(points: np.ndarray, members: np.ndarray, squared_radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The members whose balls come nearest to holding every point: places and squared distances, `NEIGHBOURS` each."""
+    count, found = min(NEIGHBOURS, len(members)), []
+    for rows in blocks(points):
+        distances = squared_distances(rows, members)
+        places = np.argpartition(distances / np.maximum(squared_radii, TINY), count - 1, axis=1)[:, :count]
+        found.append((places, np.take_along_axis(distances, places, 1)))
+    return np.concatenate([places for places, _ in found]), np.concatenate([near for _, near in found])
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:

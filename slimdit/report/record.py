@@ -26,7 +26,8 @@ from pydantic.dataclasses import dataclass
 
 from ..files import write_json
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # 1 had no bias
 BASELINE = "baseline"
 AA = "A/A"  # the baseline against itself with other seeds: the floor below which nothing is a result
 
@@ -58,6 +59,7 @@ class Value:
         low, high: ends of its interval, or None where it has none (a count, a file's size).
         n: how many images, or rounds of a clock, it rests on.
         unit: as in `"dB"`, `"bytes"`, `"images/s"`; `"x"` for a ratio, `""` for a bare number.
+        bias: what it is expected to be too high by at this n, by the bootstrap; None where it has none.
 
     Raises:
         ValueError: a number is NaN or of another type, or the interval has one end or is upside down.
@@ -68,6 +70,7 @@ class Value:
     high: Number | None = None
     n: int | None = None
     unit: str = ""
+    bias: Number | None = None
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
@@ -167,16 +170,36 @@ def read(path: Path) -> Record:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}): run its row again") from error
     if not isinstance(content, dict) or not {"schema", "sha256", "name"} <= content.keys():
         raise ValueError(f"{path} is not a slimdit record: it has no schema, name and hash")
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} has record schema {content['schema']!r}, and this slimdit reads {SCHEMA}: "
+    if content["schema"] not in READABLE:
+        raise ValueError(f"{path} has record schema {content['schema']!r}, and this slimdit reads "
+                         f"{' and '.join(map(str, READABLE))}: "
                          "render it with the slimdit that wrote it, or run its row again")
     if content.pop("sha256") != content_hash(content):
         raise ValueError(f"{path} was changed after it was written (its hash does not match): run its row again")
     del content["schema"]
+    return _valid(content, path)
+
+
+def read_evidence(path: Path) -> list[Record]:
+    """The records in the `evidence.json` of a saved model: the baseline's, where it is not its own, then the model's.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): bench the model again") from error
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} is not a list of records: bench the model again")
+    return [_valid(one, path) for one in content]
+
+
+def _valid(content: Any, path: Path) -> Record:
     try:
         return RECORD.validate_json(json.dumps(content))
     except ValidationError as error:

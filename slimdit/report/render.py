@@ -6,7 +6,7 @@ A number is never shown without its interval and the number of images it rests o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -156,7 +156,7 @@ def compare(left: Sequence[Record], right: Sequence[Record], metrics: Metrics,
     everything = [*left, *right]
     headings = tuple(heading(name, everything, metrics) for name in (columns or main_columns(everything)))
     rows = tuple(Row(name, tuple(_compared(lefts[name], rights[name], head, metrics) for head in headings),
-                     " → ".join(dict.fromkeys((note(lefts[name]), note(rights[name])))))
+                     "; ".join(filter(None, (_either(told, lefts[name], rights[name]) for told in (note, sampled)))))
                  for name in both)
     alone = [*(f"row {name!r} is in the first run only" for name in lefts if name not in rights),
              *(f"row {name!r} is in the second run only" for name in rights if name not in lefts)]
@@ -238,6 +238,17 @@ def note(record: Record) -> str:
     if record.status != "done":
         said.insert(0, f"{record.status.replace('_', ' ')}: {record.reason}")
     return "; ".join(part for part in said if part)
+
+
+def sampled(record: Record) -> str:
+    """How a row's images were made: `ddim, 50 steps, guidance 1.5`, where the record says."""
+    how = record.protocol.get("row_sampling") or {}
+    return ", ".join(text.format(how[name]) for name, text in (("solver", "{}"), ("steps", "{} steps"),
+                                                               ("guidance", "guidance {:g}")) if name in how)
+
+
+def _either(told: Callable[[Record], str], left: Record, right: Record) -> str:
+    return " → ".join(dict.fromkeys((told(left), told(right))))
 
 
 def _drawn(content: Table, caption: str) -> RichTable:

@@ -152,10 +152,16 @@ class EncodedLatents:
 
     def _open(self, shard: int) -> tuple[Any, Any, Tensor]:
         """Slices of a shard's mean and std, (images, copies, *shape), which read only the rows asked for; labels."""
+        from safetensors import SafetensorError
+
         path = shard_path(self.folder, shard)
         file = _open_shard(path)
         images = min(self._shard, self._count - shard * self._shard)
-        mean, std, labels = file.get_slice("mean"), file.get_slice("std"), file.get_tensor("labels")
+        try:
+            mean, std, labels = file.get_slice("mean"), file.get_slice("std"), file.get_tensor("labels")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no shard of latents ({error}): delete it and run slimdit encode "
+                             "again") from error
         expected = [images, 1 + self.flips, *self.shape]
         if mean.get_shape() != expected or std.get_shape() != expected or labels.shape != (images,):
             raise ValueError(f"{path} does not hold the {images} latents its index says: delete it and run slimdit "
@@ -244,7 +250,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         whole = index["kind"] == KIND and all(isinstance(index[name], kind) for name, kind in wanted.items())
         whole = whole and len(index["shape"]) == 3 and min(index["count"], index["shard"], index["classes"]) > 0
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is not the index of latents that slimdit encode writes: encode the images again")

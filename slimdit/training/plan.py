@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..models.dit import DiTConfig, preset, uniform
 from ..sampling.solvers import Sampling
-from ..strict import build
+from ..strict import build, read_toml
 from .loop import TrainConfig
 
 StoredDtype = Literal["float32", "bfloat16"]
@@ -76,10 +75,7 @@ def read_plan(path: Path) -> TrainingPlan:
     Raises:
         ValueError: it is not TOML, or a name or value in it is refused.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
+    values = read_toml(path)
     parts = {"model": ModelPlan, "data": DataPlan, "training": TrainConfig, "sampling": Sampling}
     for name, cls in parts.items():
         if name in values:
