@@ -168,12 +168,13 @@ def sample(
 @app.command()
 @verb
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A path, 'bundled', a Hub id, or an .npz of samples.")],
+    model: Annotated[str | None, typer.Argument(help="A path, 'bundled', a Hub id, or an .npz of samples.")] = None,
     against: Annotated[str | None, typer.Option(help="A model or .npz to compare with, image by image.")] = None,
     reference: Annotated[str, typer.Option(help="'bundled', or an .npz of images or statistics.")] = "bundled",
     features: Annotated[str, typer.Option(help="lite0, or inception (with its weights).")] = "lite0",
     feature_weights: Annotated[Path | None, typer.Option(help="File of the feature network's weights.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the feature weights, checked by hash.")] = False,
+    conformance: Annotated[Path | None, typer.Option(help="Measure ADM's published sample in this folder.")] = None,
     images: Annotated[int, typer.Option(min=2, help="How many images.")] = 1000,
     steps: Steps = None, solver: Solver = None, spacing: Spacing = None, guidance: Guidance = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
@@ -183,8 +184,21 @@ def evaluate(
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
-    """Quality and cost of one model, paired with another where given."""
-    from .commands import evaluate_model
+    """Quality and cost of one model, paired with another where given.
+
+    With --conformance and no model: whether ADM's published sample scores what was published, and 4 if not. The folder
+    holds VIRTUAL_imagenet256_labeled.npz, admnet_guided_upsampled_imagenet256.npz and Inception's weights.
+    """
+    from .commands import check_conformance, evaluate_model
+
+    if conformance is not None and model is None:
+        told = check_conformance(conformance, feature_weights, download, batch, _device(device), dry_run, _progress)
+        _answer(told, as_json)
+        if misses := told.get("misses"):
+            _fail("conformance: " + "; ".join(misses), GATE)
+        return
+    if model is None or conformance is not None:
+        raise ValueError("evaluate: give a model or an .npz of samples, or --conformance with a folder, and not both")
 
     def open_model(source: str) -> Pipeline:
         return _load(source, device, dtype, weights, heads, autoencoder, compile_model,

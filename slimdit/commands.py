@@ -137,6 +137,35 @@ def images_of(source: str, open_model: Callable[[str], Pipeline], folder: Path, 
     return {"images": images, "labels": labels, "cost": {**costs(pipeline), "sampling": pipeline.sampling.to_dict()}}
 
 
+def check_conformance(folder: Path, weights: Path | None, download: bool, batch: int, device: str, dry_run: bool,
+                      bar: Bar) -> dict[str, Any]:
+    """Measure ADM's published sample with the weights in its folder, unless others are named.
+
+    `checks` says of every metric how far it is from what was published; `misses` are those that are too far.
+
+    Raises:
+        FileNotFoundError: the sample, the reference batch or the weights are missing.
+        ValueError: a file is not what it should be; the weights by their checksum.
+    """
+    from .metrics import conformance as room
+    from .metrics.features import extractor
+
+    path = "download" if download else weights or room.weights_in(folder)
+    told = {"sample": str(folder / room.SAMPLE), "reference": str(folder / room.REFERENCE), "weights": str(path)}
+    for name in ("sample", "reference"):
+        if not Path(told[name]).is_file():
+            raise FileNotFoundError(f"there is no {told[name]}: download ADM's {name} batch of ImageNet 256 x 256, "
+                                    "which github.com/openai/guided-diffusion names under evaluations")
+    if dry_run:
+        return told
+    network = extractor("inception", weights=path, device=device)
+    with bar("features", room.IMAGES) as progress:
+        checks = room.conformance(folder, network, batch=batch, progress=progress)
+    misses = [str(check) for check in checks if not check.holds]
+    return {**told, "definition": network.definition, "metrics": {check.metric: check.found for check in checks},
+            "checks": [str(check) for check in checks], "misses": misses, "holds": not misses}
+
+
 def costs(pipeline: Pipeline) -> dict[str, Any]:
     """What can be computed of a pipeline without running it."""
     config = pipeline.model.config

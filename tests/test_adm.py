@@ -1,6 +1,7 @@
 """ADM's files are read and written as other evaluators do, and a bad one is one clear sentence."""
 
 import io
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -30,6 +31,45 @@ def test_samples_are_laid_out_as_adm_does(tmp_path):
     assert adm.read_samples(tmp_path / "a.npz")[0].shape == (4, 8, 8, 3)
     adm.write_samples(tmp_path / "b.npz", images(), [0] * 4)
     assert set(np.load(tmp_path / "b.npz").files) == {"arr_0", "arr_1"}
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_samples_are_read_in_blocks(tmp_path, write):
+    sent = images(5)
+    write(tmp_path / "a.npz", sent, np.arange(5))
+    blocks = list(adm.sample_blocks(tmp_path / "a.npz", 2))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    assert (np.concatenate(blocks) == sent).all()
+
+
+def test_blocks_take_the_memory_of_one(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((2000, 32, 32, 3), np.uint8))  # 6 MB
+    tracemalloc.start()
+    assert sum(len(block) for block in adm.sample_blocks(tmp_path / "a.npz", 10)) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+def test_blocks_of_what_is_no_sample_file_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images().astype(float))
+    np.savez(tmp_path / "b.npz", mu=np.zeros(3))
+    np.savez(tmp_path / "c.npz", np.asfortranarray(images()))
+    np.savez(tmp_path / "d.npz", images())
+    whole = (tmp_path / "d.npz").read_bytes()
+    (tmp_path / "d.npz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "e.npz").write_bytes(whole.replace(images_tail(whole), bytes(16)))
+    for name, said in {"a": "images must be uint8", "b": "holds no samples", "c": "columns first",
+                       "d": "not a whole .npz", "e": "not a whole .npz"}.items():
+        with pytest.raises(ValueError, match=said):
+            list(adm.sample_blocks(tmp_path / f"{name}.npz", 2))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        next(adm.sample_blocks(tmp_path / "nothing.npz", 2))
+
+
+def images_tail(archive: bytes) -> bytes:
+    """Some bytes of an uncompressed archive's pixels."""
+    return archive[400:416]
 
 
 def test_statistics_survive(tmp_path):

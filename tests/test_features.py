@@ -18,7 +18,9 @@ from slimdit.metrics.features import (
     extractor,
 )
 from slimdit.metrics.quality import Statistics, class_accuracy, frechet, kid
+from slimdit.sample_set import file_hash
 
+PUBLISHED_SHA256 = inception.SHA256
 random = np.random.default_rng(9)
 
 
@@ -34,10 +36,13 @@ def real() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
+    """Random weights that stand in for the published ones."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(inception.InceptionV3().state_dict(), path)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "SHA256", file_hash(path))
+        yield path
 
 
 def test_features_have_the_widths_of_their_definition(lite, real):
@@ -74,6 +79,22 @@ def test_dither_is_noise_of_its_id_within_the_range():
     assert noisy.std().item() == pytest.approx(8, rel=0.05)
     black = dithered(np.zeros_like(gray), range(4))
     assert black.min() == 0 and 0.4 < (black == 0).float().mean() < 0.6
+
+
+def test_a_stream_of_blocks_gives_the_features_of_all(lite, real):
+    images, asked = real[0][:9], []
+
+    def blocks():
+        for start in (0, 4, 8):
+            asked.append(start)
+            yield images[start:start + 4]
+
+    stream = lite.stream(blocks())
+    first = next(stream)
+    assert asked == [0] and len(first.pool) == 4  # no block is read before its turn
+    pools = [first.pool, *(features.pool for features in stream)]
+    assert [len(pool) for pool in pools] == [4, 4, 1]
+    assert np.allclose(np.concatenate(pools), lite(images, range(9)).pool, atol=1e-3)
 
 
 def test_progress_is_told(lite, real):
@@ -224,7 +245,13 @@ def test_inception_without_weights_says_where_they_come_from(tmp_path):
         extractor("inception", weights=tmp_path / "nothing.pth")
 
 
-def test_foreign_inception_weights_are_refused_and_nothing_in_them_runs(tmp_path, weights):
+def test_only_the_published_weights_give_fid(monkeypatch, weights):
+    monkeypatch.setattr(inception, "SHA256", PUBLISHED_SHA256)
+    with pytest.raises(ValueError, match=r"inception.pth has sha256 \w{8}\.\.\., not 6726825d\.\.\. of the published"):
+        extractor("inception", weights=weights)
+
+
+def test_foreign_inception_weights_are_refused_and_nothing_in_them_runs(monkeypatch, tmp_path, weights):
     tensors = torch.load(weights, weights_only=True)
     torch.save({name: tensor for name, tensor in tensors.items() if "Mixed_7c" not in name}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(weights.read_bytes()[:5000])
@@ -235,6 +262,7 @@ def test_foreign_inception_weights_are_refused_and_nothing_in_them_runs(tmp_path
 
     (tmp_path / "c.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("a", "b", "c"):
+        monkeypatch.setattr(inception, "SHA256", file_hash(tmp_path / f"{name}.pth"))
         with pytest.raises(ValueError, match="does not hold the weights"):
             extractor("inception", weights=tmp_path / f"{name}.pth")
     assert not (tmp_path / "ran").exists()
@@ -254,9 +282,13 @@ def test_the_download_is_checked_by_its_hash(monkeypatch, tmp_path, weights):
     source = weights.as_uri()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "URL", f"{source}")
-    with pytest.raises(ConnectionError, match="could not be fetched"):
-        extractor("inception", weights="download")
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "SHA256", PUBLISHED_SHA256)
+        with pytest.raises(ConnectionError, match="could not be fetched"):
+            extractor("inception", weights="download")
     assert not (tmp_path / "checkpoints" / weights.name).exists()
+    assert extractor("inception", weights="download").name == "inception"
+    assert (tmp_path / "checkpoints" / weights.name).exists()
 
 
 def test_metrics_are_listed_without_pytorch():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slimdit.metrics import quality
-from slimdit.metrics.quality import Statistics
+from slimdit.metrics.quality import RunningStatistics, Statistics
 
 random = np.random.default_rng(7)
 
@@ -28,6 +28,26 @@ def test_merged_statistics_are_those_of_all_images():
     assert merged.n == 50
     assert np.allclose(merged.mu, whole.mu, rtol=1e-12)
     assert np.allclose(merged.sigma, whole.sigma, rtol=1e-12, atol=1e-12)
+
+
+def test_running_statistics_are_those_of_all_images():
+    features = gaussian(50, shift=1e4)  # far from 0, where sums of squares would cancel
+    running = RunningStatistics()
+    for part in (features[:1], features[1:20], features[20:]):
+        running.add(part)
+    found, whole = running.statistics(), Statistics.of(features)
+    assert found.n == 50
+    assert np.allclose(found.mu, whole.mu, rtol=1e-12)
+    assert np.allclose(found.sigma, whole.sigma, rtol=1e-9, atol=1e-9)
+
+
+def test_running_statistics_refuse_what_has_none():
+    running = RunningStatistics()
+    running.add(gaussian(1))
+    with pytest.raises(ValueError, match="features of 1 images have no covariance"):
+        running.statistics()
+    with pytest.raises(ValueError, match="not finite"):
+        running.add(np.full((2, 5), np.inf))
 
 
 def test_statistics_refuse_what_has_none():
@@ -119,6 +139,24 @@ def test_inception_score_shuffles_sorted_images():
     assert score > 3.8  # in file order, every split of one class would score 1
     assert 0 < spread < 0.1
     assert quality.inception_score(logits, splits=4) == (score, spread)
+
+
+def test_inception_score_is_of_parts_of_5000_images():
+    # Two classes, certain: a part of one class scores 1, a part of both scores 2.
+    logits = np.kron(np.eye(2), np.ones((5000, 1))) * 100.0
+    assert quality.inception_score(logits, shuffle=False) == (pytest.approx(1, rel=1e-9), 0)
+    assert quality.inception_score(logits)[0] == pytest.approx(2, rel=1e-3)
+    assert quality.inception_score(logits[:9999], shuffle=False)[0] == pytest.approx(2, rel=1e-6)
+
+
+def test_inception_score_over_resamples_is_the_inception_score():
+    logits = random.standard_normal((10_000, 3)) * 3
+    score = quality.inception_score_of(logits)
+    assert score(np.ones((1, 10_000)))[0] == pytest.approx(quality.inception_score(logits)[0], rel=1e-12)
+    weights = random.multinomial(10_000, np.full(10_000, 1e-4), size=2).astype(float)
+    one, other = score(weights)
+    assert one != other and abs(one - other) < 0.2
+    assert score(weights[1:])[0] == pytest.approx(other, rel=1e-12)
 
 
 def test_class_accuracy_is_the_neighbours_vote():

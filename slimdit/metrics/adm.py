@@ -6,10 +6,13 @@ the pool features, `mu_s`, `sigma_s` of the spatial ones. A reference batch may 
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -42,6 +45,30 @@ def read_samples(path: Path, *, limit: int = LIMIT) -> tuple[np.ndarray, np.ndar
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: arr_1 must be one whole number per image, not {labels.dtype} of {labels.shape}")
     return images, None if labels is None else labels.astype(np.int64)
+
+
+def sample_blocks(path: Path, rows: int, *, limit: int = LIMIT) -> Iterator[np.ndarray]:
+    """The images of a sample file, uint8 (rows, h, w, c) at a time and fewer at the end: never all in memory at once.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a file, or claims more than `limit` bytes. What is damaged behind the header
+            is found when it is reached.
+    """
+    with _opened(path, ("arr_0",), limit) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise _ClaimError(f"{path} holds no samples: an ADM sample file has uint8 images under arr_0")
+        with archive.open("arr_0.npy") as file:
+            shape, by_columns, dtype = _header(file)
+            try:
+                check_images(np.empty((0, *shape[1:]), dtype))
+            except ValueError as error:
+                raise _ClaimError(f"{path}: {error}") from error
+            if by_columns:
+                raise _ClaimError(f"{path} holds its images with columns first: write them anew with numpy.savez")
+            for start in range(0, shape[0], rows):
+                count = min(rows, shape[0] - start)
+                yield np.frombuffer(file.read(count * math.prod(shape[1:])), np.uint8).reshape(count, *shape[1:])
 
 
 def write_samples(path: Path, images: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> None:
@@ -89,13 +116,19 @@ def read_arrays(path: Path, names: Sequence[str], limit: int = LIMIT) -> dict[st
         FileNotFoundError: there is no such file.
         ValueError: the file is no whole `.npz` of plain numbers, or claims more than `limit` bytes.
     """
+    with _opened(path, names, limit), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names if name in file.files}
+
+
+@contextmanager
+def _opened(path: Path, names: Sequence[str], limit: int) -> Iterator[zipfile.ZipFile]:
+    """The archive, after a look at what the headers of `names` claim; what is wrong with it becomes one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: name an .npz file")
     try:
         with zipfile.ZipFile(path) as archive:
             _check_claims(path, archive, names, limit)
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file.files}
+            yield archive
     except _ClaimError as error:
         raise ValueError(str(error)) from None
     except BROKEN as error:
@@ -124,16 +157,20 @@ def _check_claims(path: Path, archive: zipfile.ZipFile, names: Sequence[str], li
                           "images do: it is damaged or malicious")
     for member in members:
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                           else np.lib.format.read_array_header_2_0)
-            shape, _, dtype = read_header(file)
+            shape, _, dtype = _header(file)
             if dtype.kind not in "uif":
                 raise _ClaimError(f"{path}: {member.filename} holds {dtype}, not plain numbers")
             size = file.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
             if size != member.file_size:
                 raise _ClaimError(f"{path}: {member.filename} claims {shape} of {dtype} but holds {member.file_size:,} "
                                   "bytes: it is damaged or malicious")
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and type of a `.npy`, which is read up to its numbers."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def _statistics(path: Path, arrays: dict[str, np.ndarray], suffix: str, n: int | None) -> Statistics | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,17 @@ class Extractor:
             if progress:
                 progress(min(start + batch, len(images)))
         return Features(*(np.concatenate(outputs) for outputs in zip(*parts, strict=True)))
+
+    def stream(self, blocks: Iterable[np.ndarray]) -> Iterator[Features]:
+        """Features of blocks of images, one block after another and in memory for one; their ids count on from 0.
+
+        Raises:
+            ValueError: a block is not an array of images.
+        """
+        first = 0
+        for images in blocks:
+            yield self(images, range(first, first + len(images)), batch=len(images))
+            first += len(images)
 
     @torch.inference_mode()
     def _features(self, images: np.ndarray, ids: Sequence[int]) -> tuple[np.ndarray, ...]:

@@ -5,6 +5,7 @@ Every metric here is also available over resamples of the images (`*_of`), which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ from ..sampling.seeds import seeded
 Resampled = Callable[[np.ndarray], np.ndarray]
 """How often each image is drawn, (resamples, n), to the metric of every resample, (resamples,)."""
 
+SCORED = 5000  # images per part of the inception score
 ROWS = 1024  # images per block of a distance matrix: 1024 x 50,000 doubles are 400 MB
 NEIGHBOURS = 64  # of an image that a resample's recall looks at
 TINY = np.finfo(np.float64).tiny
 WIDE = 1024  # features from which on the covariances of resamples are taken in float32
+NOT_FINITE = "a feature is not finite: look at the images, or at the feature network's weights"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Statistics:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features of {features.shape} have no covariance: give (images, d) of 2 or more images")
         if not np.isfinite(features).all():
-            raise ValueError("a feature is not finite: look at the images, or at the feature network's weights")
+            raise ValueError(NOT_FINITE)
         x = features.astype(np.float64)
         mu = x.mean(0)
         return cls(mu, (x - mu).T @ (x - mu) / (len(x) - 1), len(x))
@@ -65,19 +68,65 @@ class Statistics:
         return Statistics(self.mu + apart * (other.n / n), scatter / (n - 1), n)
 
 
+class RunningStatistics:
+    """Statistics gathered part by part, in memory that does not grow with the number of images."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self, features: np.ndarray) -> None:
+        """Count in the features of some more images, (n, d).
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        if not np.isfinite(features).all():
+            raise ValueError(NOT_FINITE)
+        x = features.astype(np.float64)
+        if not self.n:
+            self._origin = x.mean(0)  # near the mean of all, so that nothing cancels below
+            self._sum, self._products = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
+        x -= self._origin
+        self._sum += x.sum(0)
+        self._products += x.T @ x
+        self.n += len(x)
+
+    def statistics(self) -> Statistics:
+        """Of all features so far.
+
+        Raises:
+            ValueError: there were fewer than 2 images.
+        """
+        if self.n < 2:
+            raise ValueError(f"features of {self.n} images have no covariance: give 2 or more images")
+        mean = self._sum / self.n
+        sigma = (self._products - self.n * np.outer(mean, mean)) / (self.n - 1)
+        return Statistics(self._origin + mean, sigma, self.n)
+
+
 def frechet(a: Statistics, b: Statistics) -> float:
     """Squared Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^½) (Heusel et al., 1706.08500).
 
-    (A B)^½ has the trace of the singular values of A^½ B^½, which needs no matrix inverse: covariances of fewer images
-    than features are exact here, and the usual epsilon on the diagonal is never added.
+    With A = H H', the eigenvalues of A B are those of the symmetric H' B H, which are quick to find and not negative.
+    No inverse is needed: covariances of fewer images than features are exact here, and the usual epsilon on the
+    diagonal is never added.
 
     Raises:
         ValueError: the features of the two have different widths.
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"features of {a.mu.size} and {b.mu.size} numbers cannot be compared: use one feature network")
-    cross = np.linalg.svd(root(a.sigma) @ root(b.sigma), compute_uv=False).sum()
+    few, many = sorted((a, b), key=lambda statistics: statistics.n or math.inf)
+    half = half_of(few)
+    cross = np.sqrt(np.linalg.eigvalsh(half.T @ many.sigma @ half).clip(min=0)).sum()
     return float(((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+
+
+def half_of(statistics: Statistics) -> np.ndarray:
+    """H of H H' = sigma, (d, rank): n images span n - 1 directions, and the eigenvalues beyond are rounding."""
+    rank = min(len(statistics.mu), (statistics.n or math.inf) - 1)
+    values, vectors = np.linalg.eigh(statistics.sigma)
+    return vectors[:, -rank:] * np.sqrt(values[-rank:].clip(min=0))
 
 
 def root(sigma: np.ndarray) -> np.ndarray:
@@ -260,30 +309,44 @@ def radii(members: np.ndarray, k: int) -> np.ndarray:
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Squared Euclidean distances of all pairs, (n, m)."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
     return ((x ** 2).sum(1)[:, None] + (y ** 2).sum(1) - 2 * x @ y.T).clip(min=0)
 
 
-def inception_score(logits: np.ndarray, *, splits: int | None = None, seed: int = 0) -> tuple[float, float]:
+def inception_score(logits: np.ndarray, *, splits: int | None = None, shuffle: bool = True,
+                    seed: int = 0) -> tuple[float, float]:
     """Exp of the mean divergence of the class posteriors from their mean (Salimans et al., arXiv 1606.03498).
-
-    Images are shuffled, because class-sorted files would lower the score of each split.
 
     Args:
         logits: (n, classes), without bias as in the TensorFlow graph.
         splits: parts that are scored apart and averaged; the usual parts of 5,000 images where None.
+        shuffle: images are put into the parts at random, because class-sorted files lower the score of each part;
+            False leaves them in file order, as ADM's evaluator does.
 
     Returns:
         The mean over splits and their standard deviation.
     """
-    parts = splits or max(1, len(logits) // 5000)
-    order = np.random.default_rng(seeded(seed, "inception score").initial_seed()).permutation(len(logits))
-    scores = [inception_score_of(logits[part])(np.ones((1, len(part))))[0] for part in np.array_split(order, parts)]
+    scores = [score_of(logits[part])(np.ones((1, len(part))))[0]
+              for part in score_parts(len(logits), splits, shuffle, seed)]
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def inception_score_of(logits: np.ndarray) -> Resampled:
-    """The inception score of all images as one split, over resamples of them."""
+    """The inception score in the usual parts of 5,000 images, over resamples of the images."""
+    parts = score_parts(len(logits))
+    scores = [score_of(logits[part]) for part in parts]
+    return lambda weights: np.mean([score(weights[:, part]) for score, part in zip(scores, parts)], axis=0)
+
+
+def score_parts(n: int, splits: int | None = None, shuffle: bool = True, seed: int = 0) -> list[np.ndarray]:
+    """The places of the images in each part of the inception score."""
+    random = np.random.default_rng(seeded(seed, "inception score").initial_seed())
+    order = random.permutation(n) if shuffle else np.arange(n)
+    return np.array_split(order, splits or max(1, n // SCORED))
+
+
+def score_of(logits: np.ndarray) -> Resampled:
+    """The inception score of one part, over resamples of its images."""
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     p = np.exp(log_p)
