@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,19 +15,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .context import require
 from .files import write_json, write_text
 from .protocol import Protocol, find_protocol, unlike
 from .recipe import Recipe, find, tour
-from .report.record import AA, BASELINE, RECORD, Record, in_order, provenance, read, read_all, record_path, write
+from .report.record import (
+    AA,
+    BASELINE,
+    RECORD,
+    Record,
+    Status,
+    in_order,
+    provenance,
+    read,
+    read_all,
+    record_path,
+    write,
+)
 from .row import Row, recipe_dict
 from .strict import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+Show = Callable[[str, str, int, int], None]
+"""(row, stage, done, total) to the progress shown."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> 
         ValueError: the folder belongs to another bench, or is being written by one.
         KeyboardInterrupt: passed on; finished rows stay finished.
     """
-    with locked(plan.folder):
+    with locked(plan.folder), terminated_as_interrupted():
         begin(plan, resume)
         rows = plan.rows()
         with progress_bars(console, len(rows)) as show:
@@ -139,39 +155,46 @@ def begin(plan: Plan, resume: bool) -> None:
 
 def finished(row: Row) -> Record | None:
     """The row's record, if it is whole, finished and of the same recipe."""
-    path = path_of(row)
-    if not path.exists():
-        return None
     try:
-        record = read(path)
-    except ValueError:
+        record = read(path_of(row))
+    except (FileNotFoundError, ValueError):
         return None
-    if record.status not in ("done", "refused"):
-        return None
-    recipe = json.loads((row.home / "row.json").read_text())["recipe"] if (row.home / "row.json").exists() else None
-    return record if recipe == row.recipe else None
+    recipe = json.loads(json.dumps(recipe_dict(row)))
+    return record if record.status in ("done", "refused") and record.recipe == recipe else None
 
 
-def measure_row(row: Row, show: Callable[[str, str, int, int], None]) -> None:
-    """Run a row's stages; whatever happens, there is a record afterwards."""
+def measure_row(row: Row, show: Show) -> None:
+    """Run a row's stages; whatever happens, there is a record afterwards.
+
+    Raises:
+        KeyboardInterrupt: passed on, with the record written.
+    """
     spec = row.home / "row.json"
     if spec.exists() and not same_row(json.loads(spec.read_text()), row):
-        discard(row)
+        shutil.rmtree(row.home)
     write_json(spec, row.to_dict())
-    (row.home / "outcome.json").unlink(missing_ok=True)
     deadline = time.monotonic() + row.protocol.timeout_s
     for stage in ("prepare", "measure"):
         if stage == "prepare" and (row.maker.home / "witness.json").exists():
             continue
         show(row.name, stage, 0, 1)
-        status, reason = run_stage(row, stage, spec, deadline, show)
+        try:
+            status, reason = run_stage(row, stage, spec, deadline, show)
+        except KeyboardInterrupt:
+            write_failed(row, "interrupted", f"the bench was interrupted in {stage}: --resume goes on with it")
+            raise
         if status != "done":
-            record = Record(name=row.name, status=status, reason=reason, recipe=recipe_dict(row),
-                            protocol={**row.protocol.to_dict(), "model": row.model},
-                            provenance=provenance(seeds={"images": row.seed}, dtype=row.protocol.runtime.dtype,
-                                                  device=row.device, command=row.command))
-            write(record, Path(row.folder) / "records")
+            write_failed(row, status, reason)
             return
+
+
+def write_failed(row: Row, status: Status, reason: str) -> None:
+    """Write the record of a row that did not end well."""
+    record = Record(name=row.name, status=status, reason=reason, recipe=recipe_dict(row),
+                    protocol={**row.protocol.to_dict(), "model": row.model},
+                    provenance=provenance(seeds={"images": row.seed}, dtype=row.protocol.runtime.dtype,
+                                          device=row.device, command=row.command))
+    write(record, Path(row.folder) / "records")
 
 
 def same_row(before: dict[str, Any], row: Row) -> bool:
@@ -180,15 +203,7 @@ def same_row(before: dict[str, Any], row: Row) -> bool:
     return {**before, "command": None} == {**now, "command": None}
 
 
-def discard(row: Row) -> None:
-    """Forget what another recipe of the same name left."""
-    import shutil
-
-    shutil.rmtree(row.home)
-
-
-def run_stage(row: Row, stage: str, spec: Path, deadline: float,
-              show: Callable[[str, str, int, int], None]) -> tuple[Any, str]:
+def run_stage(row: Row, stage: str, spec: Path, deadline: float, show: Show) -> tuple[Status, str]:
     """One process: how it ended, and why."""
     from .metrics.speed import WORKER_ENVIRONMENT
 
@@ -197,39 +212,45 @@ def run_stage(row: Row, stage: str, spec: Path, deadline: float,
     with (row.home / "log.txt").open("ab") as log:
         # The row's standard input is never written: its end tells the row that the bench is gone.
         process = subprocess.Popen([sys.executable, "-m", "slimdit.row", stage, str(spec)], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True,
-                                   text=True)
-        timer = threading.Timer(max(0.0, deadline - time.monotonic()), kill, [process])
-        timer.start()
+                                   stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
+        outcome: dict[str, Any] = {}
+        listener = threading.Thread(target=listen, args=(process, log, show, outcome))
+        listener.start()
         try:
-            for line in process.stdout or ():
-                try:
-                    told = json.loads(line)
-                    show(told["row"], told["stage"], told["done"], told["total"])
-                except (ValueError, KeyError, TypeError):
-                    log.write(line.encode())
-            code = process.wait()
-        except BaseException:
-            kill(process)
-            process.wait()
-            raise
+            code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return "timeout", f"{stage} took longer than the {row.protocol.timeout_s:g} s a row may take (--timeout)"
         finally:
-            timer.cancel()
-    return how_it_ended(row, stage, code, timed_out=time.monotonic() >= deadline)
+            kill(process)  # what it started might go on, and hold its output open
+            listener.join()
+    return how_it_ended(row, stage, code, outcome)
 
 
-def how_it_ended(row: Row, stage: str, code: int, timed_out: bool) -> tuple[Any, str]:
-    """A record's status and reason for a process's exit code."""
+def listen(process: subprocess.Popen[bytes], log: BinaryIO, show: Show, outcome: dict[str, Any]) -> None:
+    """Pass on the progress that a process tells, and keep the outcome; what is neither goes to the log."""
+    for line in process.stdout or ():
+        try:
+            told = json.loads(line)
+            if "status" in told:
+                outcome |= told
+            else:
+                show(told["row"], told["stage"], told["done"], told["total"])
+        except (ValueError, KeyError, TypeError):
+            with suppress(OSError):  # the disk may be full, and a log is not worth the row
+                log.write(line)
+                log.flush()
+
+
+def how_it_ended(row: Row, stage: str, code: int, outcome: Mapping[str, Any]) -> tuple[Status, str]:
+    """A record's status and reason for the exit code of a process and what it said of its outcome."""
     if code == 0:
         return "done", ""
-    if timed_out:
-        return "timeout", f"{stage} took longer than the {row.protocol.timeout_s:g} s a row may take (--timeout)"
-    outcome = row.home / "outcome.json"
-    if outcome.exists():
-        told = json.loads(outcome.read_text())
-        return told["status"], told["reason"]
+    if outcome:
+        return outcome["status"], outcome["reason"]
     if code == -signal.SIGKILL:
         return "out_of_memory", f"{stage} was killed (SIGKILL), most often because memory ran out"
+    if code in (-signal.SIGINT, -signal.SIGTERM):
+        return "interrupted", f"{stage} was interrupted ({signal.Signals(-code).name}): --resume goes on with it"
     if code < 0:
         return "crashed", f"{stage} died of {signal.Signals(-code).name}; see {row.home / 'log.txt'}"
     return "crashed", f"{stage} ended with exit code {code}; see {row.home / 'log.txt'}"
@@ -239,6 +260,7 @@ def kill(process: subprocess.Popen) -> None:
     """End a process and everything it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @contextmanager
@@ -259,7 +281,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars(console: Console | None, rows: int) -> Iterator[Callable[[str, str, int, int], None]]:
+def terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM, with which schedulers end a job, for Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def progress_bars(console: Console | None, rows: int) -> Iterator[Show]:
     """Progress on stderr: a bar per row, and the stage each is in."""
     if console is None:
         yield lambda row, stage, done, total: None

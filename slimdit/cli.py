@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 FAILED, REFUSED, GATE, INTERRUPTED = 1, 3, 4, 5
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes that share a run, the one that speaks
 
 app = typer.Typer(name="slimdit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Make a trained diffusion transformer cheaper to run, with proof that quality holds.")
@@ -156,7 +158,10 @@ def sample(
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
-    """Make images: PNG files, a grid, or ADM's `.npz`."""
+    """Make images: PNG files, a grid, or ADM's `.npz`.
+
+    Under `accelerate launch -m slimdit.cli sample ...` many processes share them, and one folder.
+    """
     from .commands import sample_images
 
     pipeline = _load(model, device, dtype, weights, heads, autoencoder, compile_model,
@@ -188,6 +193,7 @@ def evaluate(
 
     With --conformance and no model: whether ADM's published sample scores what was published, and 4 if not. The folder
     holds VIRTUAL_imagenet256_labeled.npz, admnet_guided_upsampled_imagenet256.npz and Inception's weights.
+    Under `accelerate launch -m slimdit.cli evaluate ...` many processes share the images, and one folder.
     """
     from .commands import check_conformance, evaluate_model
 
@@ -206,7 +212,8 @@ def evaluate(
 
     _answer(evaluate_model(model, against, open_model, reference=reference, features=features,
                            feature_weights=feature_weights, download=download, images=images, batch=batch,
-                           folder=folder, seed=seed, resume=resume, dry_run=dry_run, progress=_progress), as_json)
+                           folder=folder, seed=seed, device=_device(device), resume=resume, dry_run=dry_run,
+                           progress=_progress), as_json)
 
 
 @app.command()
@@ -419,7 +426,9 @@ def _device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: PyTorch sees no CUDA device here; use --device cpu")
     try:
@@ -437,7 +446,7 @@ def _progress(what: str, total: int) -> Any:
     @contextmanager
     def bar() -> Any:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=err) as progress:
+        with Progress(*columns, console=err, disable=not FIRST) as progress:
             task = progress.add_task(what, total=total)
             yield lambda done: progress.update(task, completed=done)
 
@@ -445,6 +454,8 @@ def _progress(what: str, total: int) -> Any:
 
 
 def _answer(result: dict[str, Any], as_json: bool) -> None:
+    if not FIRST:
+        return
     if as_json:
         _print_json(result)
         return

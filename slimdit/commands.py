@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,12 @@ from .training.data import open_data
 from .training.encode import EncodedLatents
 from .training.loop import Progress, read_curve, train
 from .training.plan import DataPlan, ModelPlan, TrainingPlan, read_plan
+from .workers import Workers, workers
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .metrics.features import Extractor, Features
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(what, total) to a progress bar."""
@@ -49,13 +53,29 @@ def sample_images(pipeline: Pipeline, count: int, folder: Path, form: str, label
             "model evaluations": count * evaluations(pipeline.process, pipeline.sampling)}
     if dry_run:
         return told
-    begin_folder(folder / "shards", resume)
+    together = workers()
     origin = {"model": pipeline.name, "sampling": pipeline.sampling.to_dict(), "runtime": asdict(pipeline.runtime)}
     sampled = SampleSet(folder / "shards", count, seed, batch, origin, label)
-    with bar("sampling", count) as progress:
-        sampled.make(pipeline, progress)
+    sample_together(sampled, pipeline, resume, together, partial(bar, "sampling"))
+    if not together.first:
+        return told
     images, labels = sampled.read()
     return {**told, "files": write_images(images, labels, folder, form), "sha256": fingerprint(images)}
+
+
+def sample_together(sampled: SampleSet, pipeline: Pipeline, resume: bool, together: Workers,
+                    bar: Callable[[int], AbstractContextManager]) -> None:
+    """Make a set of images, this worker's part of it; they are all there when this returns.
+
+    Raises:
+        ValueError: the folder holds images of something else, or is not to be gone on with.
+    """
+    if together.first:
+        begin_folder(sampled.folder, resume)
+    together.wait()
+    with bar(sampled.count) as progress:
+        sampled.make(pipeline, progress, worker=together.index, workers=together.count)
+    together.wait()
 
 
 def write_images(images: np.ndarray, labels: np.ndarray, folder: Path, form: str) -> list[str]:
@@ -87,7 +107,7 @@ def begin_folder(folder: Path, resume: bool) -> None:
 
 def evaluate_model(source: str, against: str | None, open_model: Callable[[str], Pipeline], *, reference: str,
                    features: str, feature_weights: Path | None, download: bool, images: int, batch: int, folder: Path,
-                   seed: int, resume: bool, dry_run: bool, progress: Bar) -> dict[str, Any]:
+                   seed: int, device: str, resume: bool, dry_run: bool, progress: Bar) -> dict[str, Any]:
     """Quality and cost of a model, or quality of an `.npz` of samples, beside another where given.
 
     Raises:
@@ -101,40 +121,65 @@ def evaluate_model(source: str, against: str | None, open_model: Callable[[str],
             "reference": reference}
     if dry_run:
         return told
-    network = extractor(features, weights="download" if download else feature_weights)
-    target = open_reference(reference, network)
-    first = images_of(source, open_model, folder / "model", images, batch, seed, resume, progress)
-    extracted = network(first["images"], range(len(first["images"])))
-    result: dict[str, Any] = {**told, "images": len(first["images"]), "definition": network.definition,
-                              "metrics": as_plain(distributions(extracted, first["labels"], target, network.name)),
-                              "cost": first["cost"], "sha256": fingerprint(first["images"])}
-    if against is not None:
-        second = images_of(against, open_model, folder / "against", images, batch, seed, resume, progress)
-        base = network(second["images"], range(len(second["images"])))
-        comparison = compare(first["images"], extracted, second["images"], base, target, network.name,
-                             labels=first["labels"], base_labels=second["labels"])
-        result |= {"against_metrics": as_plain(distributions(base, second["labels"], target, network.name)),
+    together = workers()
+    network = extractor(features, weights="download" if download else feature_weights, device=device)
+
+    target = open_reference(reference, network) if together.first else None
+
+    def make(source: str, name: str) -> Callable[[], Seen]:
+        if source.endswith(".npz"):
+            return partial(see_file, Path(source), network)
+        return make_and_see(source, open_model(source), folder / name, network, images, batch, seed, resume, together,
+                            progress)
+
+    see, see_against = make(source, "model"), None if against is None else make(against, "against")
+    if target is None:
+        return told
+    first = see()
+    result: dict[str, Any] = {**told, "images": len(first.images), "definition": network.definition,
+                              "metrics": as_plain(distributions(first.features, first.labels, target, network.name)),
+                              "cost": first.cost, "sha256": fingerprint(first.images)}
+    if see_against is not None:
+        second = see_against()
+        comparison = compare(first.images, first.features, second.images, second.features, target, network.name,
+                             labels=first.labels, base_labels=second.labels)
+        result |= {"against_metrics": as_plain(distributions(second.features, second.labels, target, network.name)),
                    "comparison": as_plain(comparison.intervals), "verdict": comparison.verdict,
-                   "against_cost": second["cost"]}
+                   "against_cost": second.cost}
     return result
 
 
-def images_of(source: str, open_model: Callable[[str], Pipeline], folder: Path, count: int, batch: int, seed: int,
-              resume: bool, bar: Bar) -> dict[str, Any]:
-    """The images of a model, sampled or resumed, or those of an `.npz` file; and what the model costs."""
-    if source.endswith(".npz"):
-        from .metrics.adm import read_samples
+@dataclass(frozen=True)
+class Seen:
+    """Images with what a feature network sees in them, and what the model that made them costs, where one did."""
 
-        images, labels = read_samples(Path(source))
-        return {"images": images, "labels": labels, "cost": {}}
-    pipeline = open_model(source)
-    begin_folder(folder, resume)
+    images: np.ndarray
+    labels: np.ndarray | None
+    features: Features
+    cost: Mapping[str, Any]
+
+
+def see_file(path: Path, network: Extractor) -> Seen:
+    """The images of an `.npz` file."""
+    from .metrics.adm import read_samples
+
+    images, labels = read_samples(path)
+    return Seen(images, labels, network(images, range(len(images))), {})
+
+
+def make_and_see(source: str, pipeline: Pipeline, folder: Path, network: Extractor, count: int, batch: int, seed: int,
+                 resume: bool, together: Workers, bar: Bar) -> Callable[[], Seen]:
+    """Make a model's images and their features together, resumed where they stopped; returns what reads them."""
+    from .metrics.features import FeatureSet
+
     sampled = SampleSet(folder, count, seed, batch, {"model": source, "sampling": pipeline.sampling.to_dict(),
                                                      "runtime": asdict(pipeline.runtime)})
-    with bar(f"sampling {source}", count) as progress:
-        sampled.make(pipeline, progress)
-    images, labels = sampled.read()
-    return {"images": images, "labels": labels, "cost": {**costs(pipeline), "sampling": pipeline.sampling.to_dict()}}
+    sample_together(sampled, pipeline, resume, together, partial(bar, f"sampling {source}"))
+    features = FeatureSet(folder / f"features-{network.name}", count, network, sampled.shards.digest())
+    with bar(f"features of {source}", count) as progress:
+        features.make(sampled.images, progress, worker=together.index, workers=together.count)
+    together.wait()
+    return lambda: Seen(*sampled.read(), features.read(), {**costs(pipeline), "sampling": pipeline.sampling.to_dict()})
 
 
 def check_conformance(folder: Path, weights: Path | None, download: bool, batch: int, device: str, dry_run: bool,

@@ -99,7 +99,8 @@ class Pipeline:
             uint8, (len(ids), height, width, channels).
 
         Raises:
-            ValueError: a label is not one of the model's classes, or guidance has no null class to use.
+            ValueError: a label is not one of the model's classes, guidance has no null class to use, or an image is
+                not finite.
         """
         chosen = (image_labels(seed, ids, self.model.config.classes) if labels is None
                   else torch.as_tensor(list(labels), dtype=torch.int64))
@@ -127,7 +128,12 @@ class Pipeline:
         noise = ImageNoise(seed, filled, (config.channels, *config.input_size))
         latents = solve(self.denoise, self.process, self.sampling, noise, labels, null_class=config.classes,
                         learn_sigma=config.learn_sigma, device=self.device)
-        return to_uint8(self.autoencoder.decode(latents[:len(ids)].float()))
+        images = self.autoencoder.decode(latents[:len(ids)].float())
+        finite = images.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise ValueError(f"image {ids[finite.index(False)]} has pixels that are not finite numbers (NaN): look at "
+                             "the model's weights, or run it in another dtype")
+        return to_uint8(images)
 
     @cached_property
     def denoise(self) -> Denoise:

@@ -7,26 +7,30 @@ lines on stdout.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import write_json, write_text
 from .protocol import Protocol
-from .report.record import BASELINE, RECORD, Images, Record, Value, provenance, read, record_path, write
+from .report.record import BASELINE, RECORD, Images, Record, Status, Value, provenance, read, record_path, write
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .metrics.features import Features
+    from .metrics.features import Extractor, Features
     from .pipeline import Pipeline
+    from .sample_set import SampleSet
 
 GRID = 40  # images shown of a row
 
@@ -199,15 +203,21 @@ def peak_memory(row: Row, pipeline: Pipeline, started: int) -> Value:
 def sample(row: Row, pipeline: Pipeline) -> tuple[np.ndarray, np.ndarray, str]:
     """The row's images, resumed where they stopped, with their labels and their hash."""
     from .report.charts import grid_png
-    from .sample_set import SampleSet, fingerprint
+    from .sample_set import fingerprint
 
-    count = row.protocol.images
-    origin = {"model": model_hash(row.saved), "protocol": row.protocol.name}
-    images_of = SampleSet(row.home / "images", count, row.seed, row.protocol.batch, origin)
-    images_of.make(pipeline, lambda done: tell(row, "sample", done, count))
-    images, labels = images_of.read()
+    sampled = sample_set(row)
+    sampled.make(pipeline, lambda done: tell(row, "sample", done, sampled.count))
+    images, labels = sampled.read()
     grid_png(images[:GRID], 10, row.home / "grid.png", scale=2)
     return images, labels, fingerprint(images)
+
+
+def sample_set(row: Row) -> SampleSet:
+    """Where a row's images are kept."""
+    from .sample_set import SampleSet
+
+    origin = {"model": model_hash(row.saved), "protocol": row.protocol.name}
+    return SampleSet(row.home / "images", row.protocol.images, row.seed, row.protocol.batch, origin)
 
 
 def judge(row: Row, images: np.ndarray,
@@ -215,16 +225,12 @@ def judge(row: Row, images: np.ndarray,
     """Quality metrics, differences to the baseline with intervals, the verdict, and what they were measured under."""
     from .metrics.evaluate import compare, conditions, distributions, open_reference
     from .metrics.features import extractor
-    from .sample_set import SampleSet
 
     protocol = row.protocol
     weights = Path(protocol.feature_weights) if protocol.feature_weights else None
     network = extractor(protocol.features, weights=weights, device=row.device)
     reference = open_reference(protocol.reference, network)
-    ids = range(len(images))
-    tell(row, "features", 0, 1)
-    features = network(images, ids)
-    save_features(row.home / "features.npz", features)
+    features = features_of(row, network)
     settings = {"resamples": protocol.resamples, "seed": protocol.seed}
     tell(row, "intervals", 0, 1)
     metrics = {name: as_value(name, interval) for name, interval in
@@ -233,14 +239,22 @@ def judge(row: Row, images: np.ndarray,
     if row.name == BASELINE:
         return metrics, {}, "", found
     base = row.baseline()
-    origin = {"model": model_hash(base.saved), "protocol": protocol.name}
-    base_images, base_labels = SampleSet(base.home / "images", protocol.images, base.seed, protocol.batch,
-                                         origin).read()
-    comparison = compare(images, features, base_images, load_features(base.home / "features.npz"), reference,
-                         network.name, labels=labels, base_labels=base_labels,
+    base_images, base_labels = sample_set(base).read()
+    comparison = compare(images, features, base_images, features_of(base, network), reference, network.name,
+                         labels=labels, base_labels=base_labels,
                          paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
     against = {name: as_value(name, interval) for name, interval in comparison.intervals.items()}
     return metrics, against, comparison.verdict, found
+
+
+def features_of(row: Row, network: Extractor) -> Features:
+    """What a network sees in a row's images; computed once, and kept for the rows that are compared with it."""
+    from .metrics.features import FeatureSet
+
+    sampled = sample_set(row)
+    kept = FeatureSet(row.home / "features", sampled.count, network, sampled.shards.digest())
+    kept.make(sampled.images, lambda done: tell(row, "features", done, sampled.count))
+    return kept.read()
 
 
 def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Value]]:
@@ -325,27 +339,6 @@ def recipe_dict(row: Row) -> dict[str, Any]:
     return parse(row.recipe, row.name).to_dict() if row.recipe is not None else {}
 
 
-def save_features(path: Path, features: Features) -> None:
-    """Keep features for the rows that will be compared with them."""
-    import numpy as np
-
-    from .files import writing
-
-    kept = {name: value for name in ("pool", "spatial", "logits") if (value := getattr(features, name)) is not None}
-    with writing(path) as beside, beside.open("wb") as file:
-        np.savez(file, **kept)
-
-
-def load_features(path: Path) -> Features:
-    """The features that `save_features` kept."""
-    import numpy as np
-
-    from .metrics.features import Features
-
-    with np.load(path, allow_pickle=False) as kept:
-        return Features(**{name: kept[name] for name in kept.files})
-
-
 def model_hash(folder: Path) -> str:
     """The hash of a saved model: its weights and its config."""
     from .sample_set import file_hash
@@ -372,9 +365,6 @@ def tell(row: Row, stage: str, done: int, total: int) -> None:
     print(json.dumps({"row": row.name, "stage": stage, "done": done, "total": total}), flush=True)  # noqa: T201
 
 
-STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure}
-
-
 def end_with_bench() -> None:
     """End this process when the bench that started it does: its end of our standard input closes."""
     while os.read(0, 1024):  # not sys.stdin, whose lock a waiting thread would hold as the process ends
@@ -382,24 +372,58 @@ def end_with_bench() -> None:
     os._exit(1)
 
 
+def die_first() -> None:
+    """Where memory runs out, the kernel is to end this process and not the bench."""
+    with suppress(OSError):  # where there is no such file, it chooses by itself
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def how_it_failed(error: Exception) -> tuple[Status, str]:
+    """A record's status and reason for an error."""
+    reason = " ".join(str(error).split())[:600] or type(error).__name__
+    if says(error, *OUT_OF_MEMORY):
+        return "out_of_memory", reason
+    if says(error, *DISK_FULL):
+        return "failed", f"the disk is full: {reason}"
+    if getattr(error, "exit_code", 1) == 3:
+        return "refused", reason
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
+        return "failed", reason
+    return "crashed", f"{type(error).__name__}: {reason}"
+
+
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "allocate memory")
+DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
+def says(error: BaseException | None, *words: str) -> bool:
+    """Whether an error, or one that it came from, is called so or says so."""
+    while error is not None:
+        if any(word in f"{type(error).__name__}: {error}" for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure}
+
+
 def main() -> None:
-    """Run a stage; a refusal or an error is one sentence in `outcome.json` and the exit code of its kind."""
+    """Run a stage; an error is told to the bench as one line, and to the log in full."""
     threading.Thread(target=end_with_bench, daemon=True).start()
+    die_first()
     stage, spec = sys.argv[1:]
     row = Row.from_dict(json.loads(Path(spec).read_text()))
     try:
         STAGES[stage](row)
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        import traceback
-
-        traceback.print_exc()
-        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
-            or "can't allocate memory" in str(error)
-        code = getattr(error, "exit_code", 1)
-        status = "out_of_memory" if out_of_memory else "refused" if code == 3 else "failed"
-        write_json(row.home / "outcome.json", {"status": status, "reason": " ".join(str(error).split())[:600]
-                                               or type(error).__name__})
-        sys.exit(code)
+    except Exception as error:
+        status, reason = how_it_failed(error)
+        print(json.dumps({"status": status, "reason": reason}), flush=True)  # noqa: T201
+        if says(error, *DISK_FULL):  # room for the record, and for the other rows
+            shutil.rmtree(row.home, ignore_errors=True)
+        with suppress(OSError):
+            traceback.print_exc()
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 if __name__ == "__main__":

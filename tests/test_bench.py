@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from typer.testing import CliRunner
@@ -114,16 +117,74 @@ def test_a_saved_model_carries_its_evidence(plan: bench.Plan, records: dict[str,
     assert "`reduce_steps` with steps = 3" in card and "| baseline |" in card and "| fewer |" in card
 
 
-def test_resume_repeats_nothing_finished_and_redoes_what_is_damaged(plan: bench.Plan,
-                                                                    records: dict[str, Record]) -> None:
+FAULTS = {
+    "segfault": ("prepare", "import ctypes; ctypes.string_at(0)", "crashed", "SIGSEGV"),
+    "interrupted": ("prepare", "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "interrupted", "SIGINT"),
+    "hungry": ("prepare", "import resource, torch; from slimdit import recipe, formats, training\n"
+                          "resource.setrlimit(resource.RLIMIT_AS, (2 ** 33, 2 ** 33)); torch.empty(2 ** 40)",
+               "out_of_memory", "allocate memory"),
+    "nan": ("measure", "sample = row.sample\n"
+                       "row.sample = lambda this, pipeline: sample(this, spoilt(pipeline))\n"
+                       "def spoilt(pipeline):\n"
+                       "    next(pipeline.model.parameters()).data.fill_(float('nan')); return pipeline",
+            "failed", "image 0 has pixels that are not finite numbers"),
+}
+"""Rows that end badly: the stage, the code that it begins with there, and the status and reason of the record."""
+
+
+SPOILT = """
+import os, signal, sys, time
+from slimdit import row
+
+def begin(this):
+{code}
+
+usual = row.STAGES["{stage}"]
+row.STAGES = {{"{stage}": lambda this: (begin(this), usual(this))}}
+row.main()
+"""
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, faults: dict[str, tuple[str, str]]) -> None:
+    """Have the rows of these names begin a stage with some code."""
+    started = subprocess.Popen
+
+    def instead(command: list[str], **options: object) -> subprocess.Popen:
+        if "slimdit.row" in command:
+            stage, spec = command[-2:]
+            at, code = faults.get(json.loads(Path(spec).read_text())["name"], ("", ""))
+            if at == stage:
+                command = [command[0], "-c", SPOILT.format(stage=stage, code=indent(code, "    ")), stage, spec]
+        return started(command, **options)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", instead)
+
+
+def named(plan: bench.Plan, names: Iterable[str]) -> bench.Plan:
+    """The plan with further rows, first, that do what `fewer` does."""
+    more = [replace(plan.recipes[0], name=name) for name in names]
+    return replace(plan, recipes=(*more, *plan.recipes))
+
+
+def test_rows_that_end_badly_are_records_and_what_is_damaged_is_redone(
+        plan: bench.Plan, records: dict[str, Record], monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {name: record_path(plan.folder / "records", name) for name in records}
     before = {name: path.read_bytes() for name, path in paths.items()}
     content = json.loads(paths["fewer"].read_text())
     content["metrics"]["psnr"] = {"value": 99.0}
     paths["fewer"].write_text(json.dumps(content))  # edited by hand: its hash no longer matches
-    again = {record.name: record for record in bench.run(plan, resume=True)}
+    for kind in ("images", "features"):
+        shard = next((plan.folder / "rows" / "fewer" / kind).glob("*.npz"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    spoil(monkeypatch, {name: (stage, code) for name, (stage, code, _, _) in FAULTS.items()})
+    again = {record.name: record for record in bench.run(named(plan, FAULTS), resume=True)}
     assert {name for name, path in paths.items() if path.read_bytes() != before[name]} == {"fewer"}
-    assert again["fewer"].images == records["fewer"].images
+    assert again["fewer"].status == "done" and again["fewer"].images == records["fewer"].images
+    for name, (_, _, status, reason) in FAULTS.items():
+        assert again[name].status == status and reason in again[name].reason, again[name]
+        assert again[name].recipe["name"] == name and again[name].provenance["seeds"] == {"images": 0}
+    assert bench.gate("failed")(list(again.values())) == list(FAULTS)
+    assert all(name in (plan.folder / "report.html").read_text() for name in FAULTS)
 
 
 def test_a_folder_of_another_bench_is_refused(plan: bench.Plan, records: dict[str, Record]) -> None:
@@ -149,6 +210,8 @@ def test_killed_in_the_middle_it_resumes(tiny_model: Path, tiny_protocol: Path, 
     deadline = time.monotonic() + 300
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    second = CliRunner().invoke(app, [*command[3:], "--resume"])
+    assert second.exit_code == 1 and "is being written by another bench" in second.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     while rows_running(tmp_path) and time.monotonic() < deadline:
@@ -182,17 +245,25 @@ def stage(monkeypatch: pytest.MonkeyPatch, row: Row, code: str) -> Record:
     started = subprocess.Popen
 
     def instead(command: list[str], **options: object) -> subprocess.Popen:
-        return started([command[0], "-c", code], **options) if "slimdit.row" in command else started(command, **options)
+        if "slimdit.row" in command:
+            command = [command[0], "-c", code, *command[-2:]]
+        return started(command, **options)
 
     monkeypatch.setattr(bench.subprocess, "Popen", instead)
     bench.measure_row(row, lambda *told: None)
     return read(record_path(Path(row.folder) / "records", row.name))
 
 
+CHILD = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+
+
 @pytest.mark.parametrize(("code", "status", "reason"), [
     ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "SIGSEGV"),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out_of_memory", "memory ran out"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "interrupted", "--resume"),
     ("raise SystemExit(7)", "crashed", "exit code 7"),
+    (f"{CHILD}; raise SystemExit(8)", "crashed", "exit code 8"),  # whose child would hold its output open
+    ("print('[1]\\nno JSON\\n{}', flush=True); raise SystemExit(9)", "crashed", "exit code 9"),
 ])
 def test_a_row_that_dies_is_a_record_with_its_reason(monkeypatch: pytest.MonkeyPatch, row: Row, code: str, status: str,
                                                      reason: str) -> None:
@@ -205,6 +276,52 @@ def test_a_row_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, row: Row) 
     hurried = replace(row, protocol=replace(row.protocol, timeout_s=1))
     record = stage(monkeypatch, hurried, "import time; time.sleep(60)")
     assert record.status == "timeout" and "--timeout" in record.reason
+
+
+def test_an_interrupted_bench_says_so_in_the_record_of_its_row(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+    with pytest.raises(KeyboardInterrupt), bench.terminated_as_interrupted():
+        stage(monkeypatch, row, "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    record = read(record_path(Path(row.folder) / "records", row.name))
+    assert record.status == "interrupted" and "--resume" in record.reason
+    assert bench.finished(row) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if done.returncode:
+        pytest.skip(f"no small disk may be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_row_that_fills_the_disk_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch, row: Row,
+                                                             small_disk: Path) -> None:
+    greedy = replace(row, folder=str(small_disk))
+    record = stage(monkeypatch, greedy, HOARD)
+    assert record.status == "failed" and "the disk is full" in record.reason and "No space left" in record.reason
+    assert not greedy.saved.exists() and shutil.disk_usage(small_disk).used < 2 ** 20
+    record = stage(monkeypatch, replace(greedy, name="next"), "raise SystemExit(7)")
+    assert "exit code 7" in record.reason
+
+
+HOARD = """
+from slimdit import row
+
+def hoard(this):
+    with open(this.home / "hoard", "wb", buffering=0) as file:
+        while True:  # until nothing is left, not even for a log
+            file.write(bytes(4096))
+
+row.STAGES = {"prepare": hoard}
+row.main()
+"""
 
 
 def test_a_row_whose_model_is_missing_says_so(row: Row) -> None:

@@ -228,3 +228,16 @@ def test_usage_errors_exit_with_2() -> None:
 def test_bench_dry_run_says_what_it_will_do(tiny_model: Path, tiny_protocol: Path) -> None:
     told = answer("bench", "--model", tiny_model, "--protocol", tiny_protocol, "--dry-run")
     assert told["rows"][:2] == ["baseline", "A/A"] and told["images per row"] == 16
+
+
+@pytest.mark.parametrize(("gate", "code"), [((), 0), (("--fail-if", "failed"), 4), (("--fail-if", "loss"), 0)])
+def test_a_bench_with_a_crashed_row_exits_as_asked(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path,
+                                                   gate: tuple[str, ...], code: int) -> None:
+    from slimdit import bench
+    from slimdit.report.record import BASELINE, Record
+
+    rows = [Record(name=BASELINE), Record(name="dead", status="crashed", reason="prepare died of SIGSEGV")]
+    monkeypatch.setattr(bench, "run", lambda plan, **options: rows)
+    result = call("bench", "--model", tiny_model, "--out", tmp_path, "--json", *gate, code=code)
+    assert [row["status"] for row in json.loads(result.stdout)["rows"]] == ["done", "crashed"]
+    assert ("dead ended as 'failed'" in result.stderr) == (code == 4)

@@ -9,8 +9,8 @@ import pytest
 
 HOUSE = Path(__file__).parents[1] / "slimdit"
 FLOORS = [
-    {"files", "strict"},
-    {"models", "sampling", "report", "protocol"},
+    {"files", "strict", "workers"},
+    {"models", "sampling", "report", "protocol", "shards"},
     {"pipeline"},
     {"metrics", "training", "formats", "sample_set"},
     {"context"},

@@ -215,3 +215,15 @@ def test_uint8_is_height_width_channels():
     levels = to_uint8(image)
     assert levels.shape == (1, 4, 8, 3) and levels[0, 1, 5, 2] == 255
     assert (levels == 128).sum() == levels.size - 1  # 127.5 rounds to the even level
+
+
+def test_an_image_that_is_no_number_is_refused_and_named():
+    pipeline = build()
+
+    def spoilt(x, t, y):
+        return torch.where((y == 3)[:, None, None, None], torch.nan, x)
+
+    pipeline.model.forward = spoilt
+    with pytest.raises(ValueError, match=r"image 12 has pixels that are not finite numbers \(NaN\)"):
+        pipeline.sample(range(10, 14), labels=[0, 1, 3, 3])
+    assert len(pipeline.sample(range(2), labels=[0, 1])) == 2

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sampling.seeds import seeded
+from ..shards import Shards
 from . import inception, lite0
 from .quality import Statistics, mean_kernel, radii
 
@@ -99,6 +100,40 @@ class Extractor:
         # A GPU's TF32 convolutions would round the features to 10 bits.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return tuple(output.double().cpu().numpy() for output in self._forward(x.to(self._device)))
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The features of images 0 to count - 1, in shards of `BATCH`: the same to the bit for any number of workers.
+
+    Attributes:
+        images: a hash of the images; those of others in the folder are replaced.
+    """
+
+    folder: Path
+    count: int
+    network: Extractor
+    images: str
+
+    def make(self, images: Callable[[range], np.ndarray], progress: Callable[[int], None] | None = None, *,
+             worker: int = 0, workers: int = 1) -> None:
+        """Compute this worker's part of what is not there yet, from `images` of ids; see `Shards.fill`."""
+        def extract(ids: range) -> dict[str, np.ndarray]:
+            return {name: array for name, array in vars(self.network(images(ids), ids)).items() if array is not None}
+
+        self._shards.fill(self.count, BATCH, extract, worker=worker, workers=workers, progress=progress)
+
+    def read(self) -> Features:
+        """All features.
+
+        Raises:
+            ValueError: some are missing or damaged.
+        """
+        return Features(**self._shards.read(range(self.count)))
+
+    @property
+    def _shards(self) -> Shards:
+        return Shards(self.folder, {"features": self.network.definition, "images": self.images})
 
 
 def extractor(name: str, *, weights: str | Path | None = None, device: str = "cpu") -> Extractor:
