@@ -16,7 +16,7 @@ from typing import Any
 
 from .result import compare, show
 
-SLIMDIT = "from slimdit.cli import main; main()"  # what the installed command holds
+SLIMDIT = "from slimdit.__main__ import main; main()"  # what the installed command holds
 PROGRAMS = {
     "help": ("slimdit --help", SLIMDIT, ["--help"]),
     "list": ("slimdit list methods", SLIMDIT, ["list", "methods"]),

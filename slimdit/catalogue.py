@@ -1,4 +1,4 @@
-"""What there is, a line each, for `slimdit list`: everything here answers without importing PyTorch."""
+"""What there is, a line each, for `slimdit list`, which prints what was kept of it: `assets/build.py`, `answers.py`."""
 
 from __future__ import annotations
 

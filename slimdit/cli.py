@@ -2,13 +2,12 @@
 
 Results go to stdout (one JSON document with `--json`), progress and logs to stderr. Exit codes: 0 done, 1 failed, 2
 usage, 3 refused by a rule, 4 quality gate not met, 5 interrupted and resumable. PyTorch is imported only by the verbs
-that need it.
+that need it; `--help` and `list` do without what is imported here, too: `__main__.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
+
+from .answers import colorful, document, kept, lines
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -386,20 +387,15 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """What there is, a line each with its options."""
-    from .catalogue import CATALOGUE
-
-    if what not in CATALOGUE:
+    lists = kept()["lists"]
+    if what not in lists:
         from .strict import nearest
 
-        raise ValueError(f"list: there is no list of {what!r}; {nearest(what, CATALOGUE)}")
-    rows = CATALOGUE[what]()
+        raise ValueError(f"list: there is no list of {what!r}; {nearest(what, lists)}")
     if as_json:
-        _print_json(rows)
-        return
-    for row in rows:
-        out.print(f"[bold]{row['name']}[/]  {row['about']}", highlight=False)
-        if row.get("options"):
-            out.print(f"    {row['options']}", style="dim", highlight=False)
+        _print_json(lists[what])
+    else:
+        sys.stdout.write(lines(lists[what], colorful(sys.stdout)))
 
 
 def _load(source: str, device: str | None, dtype: str | None, weights: str, heads: int | None,
@@ -474,7 +470,7 @@ def _answer(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(document(value))
 
 
 def _sentence(error: BaseException) -> str:

@@ -59,8 +59,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, mapped: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
+
+    Args:
+        mapped: whether tensors are views of the mapped file, whose pages count as held from when they are read until
+            the last view is gone. Else each is copied into memory of its own.
 
     Raises:
         ValueError: the file is truncated or not safetensors.
@@ -69,10 +73,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+            views = {name: file.get_tensor(name) for name in names if mapped}
+        return views or {name: _copied(path, name) for name in names}, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
+
+
+def _copied(path: Path, name: str) -> Tensor:
+    """One tensor of a file, which is mapped for it alone, so that no more than one is ever held twice."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
 
 
 def _sync(path: Path) -> None:

@@ -127,18 +127,37 @@ def test_slope_and_crossover_of_attention_are_said_of_the_whole_series():
     assert room.crossover(rows((1, 1, 1), (1.2, 1.5, 0.9))) is None
 
 
-def test_the_memory_benchmark_compares_every_kind_with_float32(monkeypatch, capsys):
+def test_the_memory_benchmark_compares_every_form_with_float32(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.load_memory")
-    monkeypatch.setattr(room, "fresh", lambda model, tiny, what: room.measure(model, tiny, "forward" in what) + 1)
+
+    def here(model, tiny, what):  # a process for each would take a minute
+        measured = room.measure(model, tiny, "forward" in what)
+        return {**measured, "peak": measured["peak"] + 1}
+
+    monkeypatch.setattr(room, "fresh", here)
     monkeypatch.setattr(sys, "argv", ["load_memory", "--preset", "XS/8", "--repeats", "1"])
     room.main()
 
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [row["weights"] for row in rows] == list(room.MODELS)
-    sizes = [row["file_ratio"] for row in rows]
+    rows = {row["weights"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    assert list(rows) == list(room.MODELS)
     # Float embedders weigh more in so narrow a model than in S/2.
-    assert sizes[0] == 1 and sizes == sorted(sizes, reverse=True) and sizes[1] < 0.35 and sizes[3] < 0.25
-    assert all(row["load_bytes"] > 0 and row["load_and_forward_bytes"] > 0 for row in rows)
+    assert rows["float32"]["file_ratio"] == 1 and 0.5 < rows["half"]["file_ratio"] < 0.51
+    assert rows["int4 with adaLN"]["file_ratio"] < 0.25 < rows["int8"]["file_ratio"] < 0.35
+    assert rows["checkpoint"]["file_ratio"] > 3.9
+    floats = {rows[name]["weights_bytes"] for name in ("float32", "half", "diffusers", "checkpoint")}
+    assert len(floats) == 1 and rows["int8"]["weights_bytes"] < 0.4 * floats.pop()
+    assert all(row["load_bytes"] > 0 and row["load_and_forward_bytes"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("form", ["half", "checkpoint"])
+def test_loading_holds_the_weights_once(form, tmp_path):
+    room = importlib.import_module("benchmarks.load_memory")
+    suffix = ".pt" if form == "checkpoint" else ""
+    for config, name in ((room.TINY, "tiny"), (room.preset("S/2"), "model")):
+        room.MODELS[form](config, tmp_path / name)
+    measured = room.fresh(tmp_path / f"model{suffix}", tmp_path / f"tiny{suffix}", "load")
+    assert measured["weights"] > 100e6
+    assert 1 <= measured["peak"] / measured["weights"] < 1.15
 
 
 def test_the_benchmarked_forms_compute_the_same():

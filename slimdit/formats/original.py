@@ -45,6 +45,7 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
     chosen, args, notes = choose_weights(content, weights, path)
     tensors = strip_wrappers(chosen, path)
+    del content, chosen  # so that `build_model` holds nothing twice
     check_tensors(tensors, path)
     config, more = read_config(tensors, args, heads, path)
     tensors["pos_embed"] = position_embedding(config.grid, config.width)[None]

@@ -79,14 +79,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which cannot declare more bytes than it has.
+    """The tensors of a safetensors file, which cannot declare more bytes than it has, in memory of their own.
 
     Raises:
         FormatError: the file is missing, truncated, foreign or oversized.
     """
     check_size(path)
     try:
-        return read_tensors(path)[0]
+        return read_tensors(path, mapped=False)[0]
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sentence = str(error) if isinstance(error, ValueError) else f"{path} cannot be read ({error})"
         raise FormatError(sentence) from error
@@ -94,6 +94,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_pickled(path: Path) -> Any:
     """What a `.pt` file holds, allowing tensors, plain containers and argparse.Namespace: nothing in it is run.
+
+    The file is mapped where PyTorch can: of the last step's weights, the averaged ones and the optimizer's state, what
+    is not looked at takes no memory.
 
     Raises:
         FormatError: the file is truncated, foreign, compressed or oversized (1 or 3), or would run code (3).
@@ -109,7 +112,7 @@ def read_pickled(path: Path) -> Any:
             raise FormatError(f"{path} unpacks to more than its size, which PyTorch never writes: refused", 3)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|function|class) `?([A-Za-z_][\w]*(?:\.\w+)+)`?", str(error))
         if found:
@@ -165,8 +168,10 @@ def check_limits(config: DiTConfig, path: Path) -> None:
                               f"{LARGEST_SIDE:,} of any size): refused", 3)
 
 
-def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
+def build_model(config: DiTConfig, tensors: dict[str, Tensor], path: Path) -> DiT:
     """The DiT of a config with these tensors as its parameters: floats as float32, packed numbers as they are.
+
+    The dictionary is emptied, so that a tensor that is converted is not held in both types.
 
     Raises:
         FormatError: a tensor is missing, unexpected, or of another shape or kind than the config says.
@@ -185,7 +190,7 @@ def build_model(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) ->
         # Floats come in any precision; what a packed layer stores means something in its own type alone.
         if have.dtype != want.dtype and not (want.dtype == torch.float32 and have.is_floating_point()):
             raise FormatError(f"{path}: {name} is {have.dtype} where the structure says {want.dtype}")
-    ready = {name: _aligned(tensor.to(expected[name].dtype)) for name, tensor in tensors.items()}
+    ready = {name: _aligned(tensors.pop(name).to(want.dtype)) for name, want in expected.items()}
     model.load_state_dict(ready, assign=True)
     check_tables(model, path)
     return model.eval()
