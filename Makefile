@@ -59,6 +59,7 @@ clean: ## remove the environment and the caches; runs/ and results/ stay
 
 # PyTorch comes before whatever needs it and without its dependencies, so that TORCH decides its build and nothing
 # else; they follow with the rest. setuptools is pinned too, so slimdit's own build is not isolated from it.
+# torch-fidelity stands apart, for tests alone: it asks for torchvision, and torchmetrics would import it.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "slimdit needs Python 3.11 or newer and $(PYTHON) is not: make PYTHON=/path/to/one" >&2; exit 1; }
@@ -66,4 +67,5 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) setuptools
 	$(PIP) install --quiet --no-deps --constraint $(CONSTRAINTS) $(TORCH)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	$(PIP) install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/references torch-fidelity
 	@touch $@
