@@ -127,7 +127,7 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> 
         rows = plan.rows()
         with progress_bars(console, len(rows)) as show:
             for row in rows:
-                if finished(row) is None:
+                if finished(row) is None or (row.name == BASELINE and is_needed_again(row, rows)):
                     measure_row(row, show)
                 show(row.name, "done", 1, 1)
                 if row.name == BASELINE and (ended := read(path_of(row))).status != "done":
@@ -136,6 +136,15 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> 
         records = in_order(read(path_of(row)) for row in rows)
         write_report(plan.folder, records)
     return records
+
+
+def is_needed_again(baseline: Row, rows: Sequence[Row]) -> bool:
+    """Whether rows are to be compared with a baseline of which the record alone is left, as in a fresh clone."""
+    whole = all((baseline.home / name).exists() for name in ("witness.json", "model", "images", "features"))
+    if whole or all(finished(row) for row in rows):
+        return False
+    shutil.rmtree(baseline.home, ignore_errors=True)
+    return True
 
 
 def begin(plan: Plan, resume: bool) -> None:
