@@ -330,6 +330,18 @@ def test_a_row_whose_model_is_missing_says_so(row: Row) -> None:
     assert record.status == "failed" and "missing does not exist" in record.reason
 
 
+def test_a_baseline_of_which_only_the_record_is_left_is_made_again_for_rows_to_come(row: Row) -> None:
+    base = row.baseline()
+    write(Record(name=base.name), Path(row.folder) / "records")
+    assert not bench.is_needed_again(base, [base])  # nothing is to be compared with it
+    for name in ("model", "images", "features"):
+        (base.home / name).mkdir(parents=True)
+    (base.home / "witness.json").write_text("[]")
+    assert not bench.is_needed_again(base, [base, row])
+    (base.home / "model").rmdir()
+    assert bench.is_needed_again(base, [base, row]) and not base.home.exists()
+
+
 def test_gates() -> None:
     good = Record(name="good", verdict="no loss within 1")
     bad = Record(name="bad", verdict="loss", remarks=("slower",))
