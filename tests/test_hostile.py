@@ -45,8 +45,8 @@ from slimdit.models.dit import DiT, uniform
 from slimdit.pipeline import Pipeline
 from slimdit.protocol import find_protocol, shipped_protocols
 from slimdit.report.record import Record, Value, content_hash, record_path, write
-from slimdit.row import load_features
 from slimdit.sampling.settings import Sampling
+from slimdit.shards import Shards
 from slimdit.training.data import open_data
 from slimdit.training.encode import KIND
 from slimdit.training.plan import read_plan
@@ -345,6 +345,12 @@ def bomb_npz(path: Path, bomb: Bomb, *names: str) -> None:
     np.savez(path, **{name: whole.get(name, np.array([bomb] * 6, object)) for name in names})
 
 
+def bomb_shard(folder: Path, bomb: Bomb) -> None:
+    bomb_npz(folder / "x.npz", bomb, "pool")
+    named = Shards(folder, {})._hash(range(6), (folder / "x.npz").read_bytes())  # or it would not be read
+    (folder / "x.npz").rename(folder / f"00000000-00000006.{named}.npz")
+
+
 BOMBS: dict[str, tuple[Callable[[Path, Bomb], Any], Callable[[Path], Any]]] = {
     "pt": (lambda folder, bomb: torch.save({"model": bomb}, folder / "x.pt"),
            lambda folder: formats.load(folder / "x.pt")),
@@ -368,8 +374,7 @@ BOMBS: dict[str, tuple[Callable[[Path, Bomb], Any], Callable[[Path], Any]]] = {
                              lambda folder: read_samples(folder / "x.npz")),
     "training npz": (lambda folder, bomb: bomb_npz(folder / "x.npz", bomb, "arr_0", "arr_1"),
                      lambda folder: open_data(str(folder / "x.npz"))),
-    "features": (lambda folder, bomb: bomb_npz(folder / "x.npz", bomb, "pool"),
-                 lambda folder: load_features(folder / "x.npz")),
+    "shard": (lambda folder, bomb: bomb_shard(folder, bomb), lambda folder: Shards(folder, {}).read(range(6))),
     "latents": (lambda folder, bomb: (latents(folder), (folder / "shard-00000.safetensors").write_bytes(
                     pickle.dumps(bomb))), all_of),
 }
