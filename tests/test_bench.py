@@ -119,7 +119,8 @@ def test_a_saved_model_carries_its_evidence(plan: bench.Plan, records: dict[str,
 
 FAULTS = {
     "segfault": ("prepare", "import ctypes; ctypes.string_at(0)", "crashed", "SIGSEGV"),
-    "interrupted": ("prepare", "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "interrupted", "SIGINT"),
+    "interrupted": ("prepare", "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it\n"
+                               "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "interrupted", "SIGINT"),
     "hungry": ("prepare", "import resource, torch; from slimdit import recipe, formats, training\n"
                           "resource.setrlimit(resource.RLIMIT_AS, (2 ** 33, 2 ** 33)); torch.empty(2 ** 40)",
                "out_of_memory", "allocate memory"),
