@@ -21,8 +21,8 @@ def small_network(weights=None, device: str = "cpu") -> Extractor:
     """Of three outputs like Inception's, each linear in the pixels."""
     by = [torch.randn(12, width, generator=torch.Generator().manual_seed(width)) / 40
           for width in (POOL, SPATIAL, CLASSES)]
-    return Extractor("inception", "small", lambda images: tuple(images.flatten(1) @ part for part in by), dither=0,
-                     device=device)
+    return Extractor("inception", "small", lambda images: tuple(images.flatten(1) @ part for part in by),
+                     weights="none", dither=0, resize="none", device=device)
 
 
 @pytest.fixture
@@ -123,7 +123,8 @@ def test_a_reference_batch_without_spatial_statistics_is_refused(folder):
 
 
 def test_only_inception_can_conform(folder):
-    narrow = Extractor("lite0", "small", lambda images: (images.flatten(1),), dither=0, device="cpu")
+    narrow = Extractor("lite0", "small", lambda images: (images.flatten(1),), weights="none", dither=0,
+                       resize="none", device="cpu")
     with pytest.raises(ValueError, match="conformance is Inception's"):
         conformance.conformance(folder, narrow)
 

@@ -104,8 +104,8 @@ def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, ca
 
 def test_kinds_of_attention_are_timed_against_both_forms_of_softmax(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.attention_kinds")
-    monkeypatch.setattr(sys, "argv", ["attention_kinds", "--tokens", "12", "16", "--modes", "eager", "--dtypes", "float32",
-                                      "--batch", "1", "--heads", "4", "--head-dim", "8", "--mediators", "4", "--rounds", "2"])
+    sizes = "--tokens 12 16 --heads 4 --head-dim 8 --mediators 4 --rounds 2"
+    monkeypatch.setattr(sys, "argv", ["attention_kinds", *f"--modes eager --dtypes float32 {sizes}".split()])
     room.main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [(row["kind"], row["tokens"], row["against"]) for row in rows] == [
