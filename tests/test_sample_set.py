@@ -103,7 +103,7 @@ def killed(model: Path, sampled: SampleSet, workers: int, after: float) -> bool:
                  for worker in range(workers)]
     for process in processes:
         process.start()
-    start.wait(120)
+    start.wait(500)
     time.sleep(after)
     for process in processes:
         process.kill()
