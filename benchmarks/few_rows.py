@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimdit.models import linear
 from slimdit.models.linear import Int8WeightOnly
 from slimdit.models.packed import PackedLinear
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    linear.FEW_ROWS = max(options.batches)  # to see where the limit belongs
     show("few_rows", [measure(width, batch, options.rounds)
                       for width, batch in product(options.widths, options.batches)])
 

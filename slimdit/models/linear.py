@@ -25,7 +25,7 @@ LEVELS = 127  # -128 is left out, so that the scale is symmetric
 ZERO = 128  # where 0 lies among the unsigned levels of a CPU's product
 # Whether oneDNN multiplies 8-bit integers here at full speed and without saturating: on a CPU with VNNI.
 FAST_PRODUCT = torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
-FEW_ROWS = 16  # up to which weights are read as integers: benchmarks/few_rows.py
+FEW_ROWS = 4  # up to which weights are read as integers: benchmarks/few_rows.py
 READS_INTEGERS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # whether PyTorch has a quick product for it
 VECTOR = 16  # floats of AVX-512
 TINY = torch.finfo(torch.float32).tiny  # smallest scale: a row or token of zeros stays zeros
