@@ -64,7 +64,7 @@ def read_tensors(path: Path, *, mapped: bool = True) -> tuple[dict[str, Tensor],
 
     Args:
         mapped: whether tensors are views of the mapped file, whose pages count as held from when they are read until
-            the last view is gone. Else each is copied into memory of its own.
+            the last view is gone. Else each is copied into memory of its own, but floats of half precision.
 
     Raises:
         ValueError: the file is truncated or not safetensors.
@@ -81,11 +81,15 @@ def read_tensors(path: Path, *, mapped: bool = True) -> tuple[dict[str, Tensor],
 
 
 def _copied(path: Path, name: str) -> Tensor:
-    """One tensor of a file, which is mapped for it alone, so that no more than one is ever held twice."""
+    """One tensor of a file, which is mapped for it alone, so that no more than one is ever held twice.
+
+    Floats of half precision are left in their mapping: they take no memory until they are read, to be converted.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name).clone()
+        tensor = file.get_tensor(name)
+        return tensor if tensor.is_floating_point() and tensor.element_size() == 2 else tensor.clone()
 
 
 def _sync(path: Path) -> None:

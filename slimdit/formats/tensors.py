@@ -190,7 +190,7 @@ def build_model(config: DiTConfig, tensors: dict[str, Tensor], path: Path) -> Di
         # Floats come in any precision; what a packed layer stores means something in its own type alone.
         if have.dtype != want.dtype and not (want.dtype == torch.float32 and have.is_floating_point()):
             raise FormatError(f"{path}: {name} is {have.dtype} where the structure says {want.dtype}")
-    ready = {name: _aligned(tensors.pop(name).to(want.dtype)) for name, want in expected.items()}
+    ready = {name: _placed(tensors.pop(name), want.dtype) for name, want in expected.items()}
     model.load_state_dict(ready, assign=True)
     check_tables(model, path)
     return model.eval()
@@ -205,9 +205,14 @@ def check_tables(model: DiT, path: Path) -> None:
                 raise FormatError(f"{path}: {name}.table names an expert outside 0..{last}: copy or download it again")
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor as PyTorch would place it: thin products sum in another order elsewhere, and a bit would differ."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+def _placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type, placed as PyTorch would: thin products sum in another order elsewhere, and bits would differ.
+
+    What is of half precision and stays so is still in its file: it gets memory of its own.
+    """
+    if tensor.dtype != dtype:
+        return tensor.to(dtype)
+    return tensor if tensor.element_size() != 2 and tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def expected_tensors(config: DiTConfig, path: Path) -> dict[str, Tensor]:
