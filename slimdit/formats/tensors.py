@@ -206,7 +206,7 @@ def check_tables(model: DiT, path: Path) -> None:
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a type, placed as PyTorch would: thin products sum in another order elsewhere, and bits would differ.
+    """The tensor in a type, placed as PyTorch would: thin products sum in another order elsewhere, to other bits.
 
     What is of half precision and stays so is still in its file: it gets memory of its own.
     """
