@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -175,8 +176,10 @@ def run(recipe: Recipe, pipeline: Pipeline, context: Context, *, resume: bool = 
         current, done = _resumed(recipe, current, context, start)
     for number, method in list(enumerate(recipe.methods, 1))[done:]:
         context.report(f"{number}/{len(recipe.methods)} {method_name(method)}")
-        folder = _folder(context, number, method)
+        folder, began = _folder(context, number, method), time.monotonic()
         current = apply(method, current, replace(context, teacher=pipeline, folder=folder))
+        # A method that trains says how long it trained, in however many sittings.
+        context.witnesses[-1].setdefault("seconds", time.monotonic() - began)
         _save_into(folder, current)
         write_json(folder / DONE, start.marker(recipe, number) | {"witness": context.witnesses[-1]})
     _save_result(current, recipe, context.folder)

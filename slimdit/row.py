@@ -152,13 +152,14 @@ def measure(row: Row) -> Record:
         against |= ratios
     if row.name != BASELINE:
         remarks = notes(row, sampled, against)
+    witness = json.loads((row.maker.home / "witness.json").read_text())
     record = Record(
         name=row.name, recipe=recipe_dict(row), protocol=resolved(row, pipeline, conditions), metrics=metrics,
         against_baseline=against, verdict=verdict, remarks=tuple(remarks),
-        witness=json.loads((row.maker.home / "witness.json").read_text()),
+        witness=witness,
         provenance=provenance(seeds={"images": row.seed}, dtype=pipeline.runtime.dtype, device=row.device,
                               threads=row.protocol.threads, command=row.command or None),
-        seconds=watch.seconds,
+        seconds=({"prepare": sum(entry["seconds"] for entry in witness)} if witness else {}) | watch.seconds,
         images=Images(grid=f"../rows/{row.slug}/grid.png", sha256=sampled))
     write(record, Path(row.folder) / "records")
     if row.maker is row:

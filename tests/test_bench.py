@@ -77,6 +77,7 @@ def test_every_record_says_all_that_is_needed_to_believe_it(plan: bench.Plan, re
         assert {"gpu", "commit", "dirty", "date", "command"} <= where.keys()
         assert {"slimdit", "python", "torch", "numpy"} <= where["versions"].keys()
         assert {"load", "sample", "quality"} <= record.seconds.keys() and min(record.seconds.values()) > 0
+        assert ("prepare" in record.seconds) == bool(record.recipe)
         assert set(record.protocol["conditions"]) == set(CONDITIONS)
         assert {**plan.protocol.to_dict(), "model": plan.model}.items() <= record.protocol.items()
         assert bool(record.recipe) == (name not in (BASELINE, AA))

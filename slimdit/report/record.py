@@ -107,7 +107,7 @@ class Record:
         remarks: said in the row: `slower`, `no speed effect`, `no effect`.
         witness: what each method did, in order: layers changed, bytes saved.
         provenance: see `provenance`.
-        seconds: wall-clock seconds of every stage.
+        seconds: wall-clock seconds of every stage; `prepare` is all methods, each with its own in `witness`.
 
     Raises:
         ValueError: a field has the wrong type, the name is empty or too long, or an unfinished row has no reason.
