@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from .report.contrast import Contrast
+
 Show = Callable[[str, str, int, int], None]
 """(row, stage, done, total) to the progress shown."""
 
@@ -61,7 +63,8 @@ class Plan:
         base = Row(BASELINE, str(self.folder), self.model, self.protocol, seed=self.protocol.seed, device=self.device,
                    command=self.command)
         floor = replace(base, name=AA, seed=self.protocol.seed + 1, timed=False)
-        return [base, floor, *(replace(base, name=recipe.name, recipe=recipe.to_toml()) for recipe in self.recipes)]
+        return [base, floor, *(replace(base, name=recipe.name, recipe=replace(recipe, controls=()).to_toml(),
+                                       controls=recipe.controls) for recipe in self.recipes)]
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a bench is resumed."""
@@ -133,7 +136,9 @@ def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> 
                 if row.name == BASELINE and (ended := read(path_of(row))).status != "done":
                     raise ValueError(f"bench: the baseline, which every row is compared with, ended as {ended.status}: "
                                      f"{ended.reason}")
-        records = in_order(read(path_of(row)) for row in rows)
+            records = in_order(read(path_of(row)) for row in rows)
+            for row in rows:
+                contrast_row(row, {record.name: record for record in records if record.status == "done"}, show)
         write_report(plan.folder, records)
     return records
 
@@ -197,6 +202,21 @@ def measure_row(row: Row, show: Show) -> None:
             return
 
 
+def contrast_row(row: Row, done: Mapping[str, Record], show: Show) -> None:
+    """Compare a row with those of its controls that the bench has, unless that is known already.
+
+    A row that cannot be compared, as its images are gone, keeps its record: what is shown says why.
+    """
+    controls = tuple(name for name in row.controls if name in done)
+    known = {one.control for one in read_contrasts(Path(row.folder), done.values()) if one.row == row.name}
+    if row.name not in done or known.issuperset(controls):
+        return
+    spec = row.home / "contrast.json"
+    write_json(spec, replace(row, controls=controls).to_dict())
+    status, reason = run_stage(row, "contrast", spec, time.monotonic() + row.protocol.timeout_s, show)
+    show(row.name, "done" if status == "done" else f"not compared: {reason}", 1, 1)
+
+
 def write_failed(row: Row, status: Status, reason: str) -> None:
     """Write the record of a row that did not end well."""
     record = Record(name=row.name, status=status, reason=reason, recipe=recipe_dict(row),
@@ -209,7 +229,7 @@ def write_failed(row: Row, status: Status, reason: str) -> None:
 def same_row(before: dict[str, Any], row: Row) -> bool:
     """Whether what a row left is this row's: made by the same recipe and protocol, by whatever command."""
     now = json.loads(json.dumps(row.to_dict()))
-    return {**before, "command": None} == {**now, "command": None}
+    return {**before, "command": None, "controls": None} == {**now, "command": None, "controls": None}
 
 
 def run_stage(row: Row, stage: str, spec: Path, deadline: float, show: Show) -> tuple[Status, str]:
@@ -346,13 +366,16 @@ def read_records(folder: Path) -> list[Record]:
 def write_report(folder: Path, records: Sequence[Record]) -> None:
     """Write `report.html` and `table.md`."""
     from .metrics import METRICS
+    from .report.contrast import contrast_table
     from .report.html import html
-    from .report.render import markdown
+    from .report.render import as_markdown, markdown
 
     grids = {record.name: (folder / "records" / record.images.grid).resolve() for record in records if record.images}
     title = f"slimdit: {records[0].protocol.get('model', 'model')} ({records[0].protocol.get('name', '')} protocol)"
-    write_text(folder / "report.html", html(records, title, grids, METRICS))
-    write_text(folder / "table.md", markdown(records, METRICS) + "\n")
+    beside = contrast_table(read_contrasts(folder, records), records, METRICS)
+    write_text(folder / "report.html", html(records, title, grids, METRICS, beside))
+    tables = [markdown(records, METRICS), *([as_markdown(beside)] if beside.rows else [])]
+    write_text(folder / "table.md", "\n\n".join(tables) + "\n")
 
 
 def plain(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -368,12 +391,32 @@ def table(records: Sequence[Record]) -> Table:
     return terminal_table(records, METRICS)
 
 
-def update_table(path: Path, name: str, records: Sequence[Record]) -> None:
-    """Render the table between a Markdown file's markers anew."""
+def read_contrasts(folder: Path, records: Iterable[Record]) -> list[Contrast]:
+    """What is known of these rows beside their controls, in the order of the rows."""
+    from .report.contrast import of_records
+
+    named = {record.name: record for record in records}
+    return sorted(of_records(folder / "contrasts", named), key=lambda one: list(named).index(one.row))
+
+
+def contrasts_table(folder: Path, records: Sequence[Record]) -> Table:
+    """The rows beside their controls, as a table for a terminal."""
     from .metrics import METRICS
-    from .report.render import markdown, update_markdown
+    from .report.contrast import contrast_table
+    from .report.render import drawn
+
+    return drawn(contrast_table(read_contrasts(folder, records), records, METRICS))
+
+
+def update_table(path: Path, name: str, folder: Path, records: Sequence[Record]) -> None:
+    """Render anew the table between a Markdown file's markers, and that of the controls where it has its markers."""
+    from .metrics import METRICS
+    from .report.contrast import contrast_table
+    from .report.render import as_markdown, markdown, opening, update_markdown
 
     update_markdown(path, name, markdown(records, METRICS))
+    if opening(beside := f"{name}-controls") in path.read_text(encoding="utf-8"):
+        update_markdown(path, beside, as_markdown(contrast_table(read_contrasts(folder, records), records, METRICS)))
 
 
 def gate(condition: str) -> Callable[[Sequence[Record]], list[str]]:

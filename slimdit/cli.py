@@ -339,11 +339,13 @@ def report(
     records = room.read_records(folder)
     room.write_report(folder, records)
     if update:
-        room.update_table(update, name, records)
+        room.update_table(update, name, folder, records)
     if as_json:
         _print_json(room.plain(records))
     else:
         out.print(room.table(records))
+        if room.read_contrasts(folder, records):
+            out.print(room.contrasts_table(folder, records))
 
 
 @app.command()

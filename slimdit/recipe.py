@@ -39,17 +39,21 @@ class Recipe:
     Attributes:
         model: what the recipe is for: a path, `"bundled"` or a Hub id.
         description: what it shows, in a sentence.
+        controls: names of recipes that a bench compares it with, image by image; nothing it makes depends on them.
 
     Raises:
-        ValueError: the name is not fit for a file, or something is not a method.
+        ValueError: the name is not fit for a file, something is not a method, or it is its own control.
     """
 
     name: str
     methods: tuple[Method, ...]
     model: str = "bundled"
     description: str = ""
+    controls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.name in self.controls:
+            raise ValueError(f"recipe: {self.name} cannot be its own control: name other recipes")
         if not re.fullmatch(r"[\w][\w.-]*", self.name):
             raise ValueError(f"recipe: name {self.name!r} must be letters, digits, '.', '-' and '_', as a file's name")
         for method in self.methods:
@@ -67,6 +71,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON can hold it, every default spelled out."""
         return {"name": self.name, "model": self.model, "description": self.description,
+                **({"controls": list(self.controls)} if self.controls else {}),
                 "methods": [{method_name(method): options(method)} for method in self.methods]}
 
     def to_toml(self) -> str:
@@ -74,6 +79,8 @@ class Recipe:
         lines = [f"name = {_toml(self.name)}", f"model = {_toml(self.model)}"]
         if self.description:
             lines.append(f"description = {_toml(self.description)}")
+        if self.controls:
+            lines.append(f"controls = {_toml(list(self.controls))}")
         entries = [f"  {{{method_name(method)} = {_toml(options(method))}}},\n" for method in self.methods]
         return "\n".join(lines) + "\nmethods = [\n" + "".join(entries) + "]\n"
 
@@ -107,9 +114,13 @@ def parse(text: str, where: str = "recipe") -> Recipe:
             raise ValueError(f"{where} has no {key}: add a line that begins with `{key} =`")
     if not isinstance(data["methods"], list):
         raise ValueError(f"{where}:{_line(text, ['methods'])}: methods must be a list of {{method = {{options}}}}")
+    controls = data.get("controls", [])
+    if not isinstance(controls, list) or not all(isinstance(name, str) for name in controls):
+        raise ValueError(f"{where}:{_line(text, ['controls'])}: controls must be a list of recipes' names, not "
+                         f"{controls!r}")
     methods = tuple(_methods(data["methods"], text, where))
     try:
-        return Recipe(**{**data, "methods": methods})
+        return Recipe(**{**data, "methods": methods, "controls": tuple(controls)})
     except ValueError as error:
         raise ValueError(f"{where}:{_line(text, ['name'])}: {error}") from error
 

@@ -28,7 +28,7 @@ from .report.record import BASELINE, RECORD, Images, Record, Status, Value, prov
 if TYPE_CHECKING:
     import numpy as np
 
-    from .metrics.features import Extractor, Features
+    from .metrics.features import Extractor, Features, Reference
     from .pipeline import Pipeline
     from .sample_set import SampleSet
 
@@ -46,6 +46,7 @@ class Row:
         recipe: the recipe as TOML; None for the baseline.
         seed: of its images.
         timed: whether it is timed; the A/A row is the baseline's model, and is not.
+        controls: rows that it is compared with once all are measured; nothing measured of it alone depends on them.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Row:
     timed: bool = True
     device: str = "cpu"
     command: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -67,6 +69,11 @@ class Row:
     def home(self) -> Path:
         """Where the row keeps its model, images and features."""
         return Path(self.folder) / "rows" / self.slug
+
+    @property
+    def contrasts(self) -> Path:
+        """The file that says how the row differs from its controls."""
+        return Path(self.folder) / "contrasts" / record_path(Path(), self.name)
 
     @property
     def maker(self) -> Row:
@@ -84,13 +91,15 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "protocol": self.protocol.to_dict(), "command": list(self.command)}
+        return {**asdict(self), "protocol": self.protocol.to_dict(), "command": list(self.command),
+                "controls": list(self.controls)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
         """The row that `to_dict` described."""
         protocol = Protocol.from_dict(values["protocol"])
-        return cls(**{**values, "protocol": protocol, "command": tuple(values["command"])})
+        lists = {name: tuple(values[name]) for name in ("command", "controls")}
+        return cls(**{**values, "protocol": protocol, **lists})
 
 
 def prepare(row: Row) -> None:
@@ -221,16 +230,36 @@ def sample_set(row: Row) -> SampleSet:
     return SampleSet(row.home / "images", row.protocol.images, row.seed, row.protocol.batch, origin)
 
 
+def contrast(row: Row) -> None:
+    """Put down how the row's images differ from those of each of its controls, of the same noise and labels."""
+    from .metrics.evaluate import compare
+    from .report.contrast import Contrast, images_of
+    from .report.contrast import write as write_contrasts
+
+    network, reference = judges(row)
+    records = Path(row.folder) / "records"
+    (images, labels), features = sample_set(row).read(), features_of(row, network)
+    found = []
+    for name in row.controls:
+        tell(row, f"compare with {name}", 0, 1)
+        control = replace(row, name=name)
+        others, other_labels = sample_set(control).read()
+        compared = compare(images, features, others, features_of(control, network), reference, network.name,
+                           labels=labels, base_labels=other_labels, resamples=row.protocol.resamples,
+                           seed=row.protocol.seed)
+        made_of = [images_of(read(record_path(records, one.name))) for one in (row, control)]
+        found.append(Contrast(row.name, name, (made_of[0], made_of[1]),
+                              {metric: as_value(metric, value) for metric, value in compared.intervals.items()}))
+    write_contrasts(found, row.contrasts)
+
+
 def judge(row: Row, images: np.ndarray,
           labels: np.ndarray) -> tuple[dict[str, Value], dict[str, Value], str, dict[str, Any]]:
     """Quality metrics, differences to the baseline with intervals, the verdict, and what they were measured under."""
-    from .metrics.evaluate import compare, conditions, distributions, open_reference
-    from .metrics.features import extractor
+    from .metrics.evaluate import compare, conditions, distributions
 
     protocol = row.protocol
-    weights = Path(protocol.feature_weights) if protocol.feature_weights else None
-    network = extractor(protocol.features, weights=weights, device=row.device)
-    reference = open_reference(protocol.reference, network)
+    network, reference = judges(row)
     features = features_of(row, network)
     settings = {"resamples": protocol.resamples, "seed": protocol.seed}
     tell(row, "intervals", 0, 1)
@@ -246,6 +275,16 @@ def judge(row: Row, images: np.ndarray,
                          paired_images=row.seed == base.seed, margin=protocol.margin, **settings)
     against = {name: as_value(name, interval) for name, interval in comparison.intervals.items()}
     return metrics, against, comparison.verdict, found
+
+
+def judges(row: Row) -> tuple[Extractor, Reference]:
+    """The network that looks at the images, and the real images' statistics they are measured against."""
+    from .metrics.evaluate import open_reference
+    from .metrics.features import extractor
+
+    weights = Path(row.protocol.feature_weights) if row.protocol.feature_weights else None
+    network = extractor(row.protocol.features, weights=weights, device=row.device)
+    return network, open_reference(row.protocol.reference, network)
 
 
 def features_of(row: Row, network: Extractor) -> Features:
@@ -406,7 +445,7 @@ def says(error: BaseException | None, *words: str) -> bool:
     return False
 
 
-STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure}
+STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure, "contrast": contrast}
 
 
 def main() -> None:

@@ -40,7 +40,8 @@ def plan(tiny_model: Path, tiny_protocol: Path, tmp_path_factory: pytest.TempPat
     recipe = folder / "fewer.toml"
     recipe.write_text(FEWER.format(model=tiny_model))
     nothing = folder / "same.toml"
-    nothing.write_text(f'name = "same"\nmodel = "{tiny_model}"\nmethods = [{{reduce_steps = {{steps = 6}}}}]\n')
+    nothing.write_text(f'name = "same"\nmodel = "{tiny_model}"\nmethods = [{{reduce_steps = {{steps = 6}}}}]\n'
+                       'controls = ["fewer", "elsewhere"]\n')
     return bench.plan([str(recipe), str(nothing)], model=str(tiny_model), protocol=str(tiny_protocol),
                       folder=folder / "out", device="cpu")
 
@@ -83,6 +84,34 @@ def test_every_record_says_all_that_is_needed_to_believe_it(plan: bench.Plan, re
         assert bool(record.recipe) == (name not in (BASELINE, AA))
     assert records["fewer"].protocol["conditions"] == records[BASELINE].protocol["conditions"]
     assert records[BASELINE].metrics["fd_lite0"].bias > 0  # too few images make a distance too high
+
+
+def test_a_row_is_compared_with_those_of_its_controls_that_the_bench_has(
+        plan: bench.Plan, records: dict[str, Record]) -> None:
+    beside, = bench.read_contrasts(plan.folder, records.values())
+    assert (beside.row, beside.control) == ("same", "fewer")
+    # `same` makes the baseline's images: beside `fewer` it is what `fewer` is beside the baseline, turned round.
+    turned, found = records["fewer"].against_baseline["fd_lite0_difference"], beside.differences["fd_lite0_difference"]
+    assert found.value == pytest.approx(-turned.value) and found.n == 16
+    assert (found.low, found.high) == pytest.approx((-turned.high, -turned.low), abs=0.1 * (turned.high - turned.low))
+    assert beside.differences["psnr"].value == pytest.approx(records["fewer"].against_baseline["psnr"].value)
+    assert "| same | fewer |" in (plan.folder / "table.md").read_text()
+    assert "Beside their controls" in (plan.folder / "report.html").read_text()
+
+
+def test_what_is_known_of_a_row_beside_its_controls_is_not_measured_again(
+        plan: bench.Plan, records: dict[str, Record]) -> None:
+    path = plan.rows()[3].contrasts
+    before, changed = path.stat().st_mtime_ns, path.read_text().replace('"fewer"', '"other"')
+    bench.run(plan, resume=True)
+    assert path.stat().st_mtime_ns == before
+    done = {name: record for name, record in records.items() if name in ("fewer", "same")}
+    images = replace(records["fewer"].images, sha256="0" * 64)
+    assert not bench.read_contrasts(plan.folder, [done["same"], replace(done["fewer"], images=images)])
+    path.with_name("changed.json").write_text(changed)
+    with pytest.raises(ValueError, match=r"changed\.json does not hold contrasts"):
+        bench.read_contrasts(plan.folder, done.values())
+    path.with_name("changed.json").unlink()
 
 
 def test_every_quality_metric_has_its_paired_difference(records: dict[str, Record]) -> None:

@@ -109,6 +109,10 @@ def test_not_toml_and_missing_parts_are_said():
         parse('name = "a"')
     with pytest.raises(ValueError, match="has no name"):
         parse("methods = []")
+    with pytest.raises(ValueError, match="recipe:2: controls must be a list of recipes' names, not 'b'"):
+        parse('name = "a"\ncontrols = "b"\nmethods = []')
+    with pytest.raises(ValueError, match="recipe:1: recipe: a cannot be its own control"):
+        parse('name = "a"\ncontrols = ["a"]\nmethods = []')
 
 
 def test_finds_files_and_shipped_recipes(tmp_path):
@@ -129,7 +133,7 @@ patterns = texts.map(lambda text: text.replace(":", ""))
     st.builds(Quantize, activations=st.sampled_from([None, "int8"]), protect=st.lists(patterns, max_size=2).map(tuple)),
     st.builds(ReduceSteps, steps=st.integers(2, 50), solver=st.sampled_from([None, "ddpm"]))), max_size=4))
 def test_to_toml_reads_back(model, description, methods):
-    recipe = Recipe("round-trip", tuple(methods), model, description)
+    recipe = Recipe("round-trip", tuple(methods), model, description, ("one", "other"))
     assert parse(recipe.to_toml()) == recipe
     assert json.loads(json.dumps(recipe.to_dict()))["methods"] == [dict(entry) for entry in recipe.to_dict()["methods"]]
 

@@ -18,20 +18,22 @@ from .charts import routing_svg
 from .page import SCRIPT, STYLE
 from .pareto import front
 from .record import AA, BASELINE, Record, Value, in_order
-from .render import ARROWS, COLUMNS, Metrics, better, heading, note, number, table, title
+from .render import ARROWS, COLUMNS, Metrics, Table, better, heading, note, number, table, title
 
 POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 SPEEDS = ("throughput_ratio", "latency_ratio_batch1")
 COSTS = ("size", "peak_memory", "run_macs")
 
 
-def html(records: Sequence[Record], heading_text: str, images: Mapping[str, Path], metrics: Metrics) -> str:
+def html(records: Sequence[Record], heading_text: str, images: Mapping[str, Path], metrics: Metrics,
+         controls: Table | None = None) -> str:
     """The report of a benchmark's records.
 
     Args:
         heading_text: what the report is called.
         images: a PNG sheet of samples for each row's name, the same ids in every sheet; a missing file is left out.
         metrics: what is known of each metric; see `render.Metrics`.
+        controls: the rows beside their controls, as `contrast.contrast_table` has them.
 
     Returns:
         The whole document; everything that came from a record is escaped.
@@ -44,8 +46,8 @@ def html(records: Sequence[Record], heading_text: str, images: Mapping[str, Path
         raise ValueError("a report needs at least one record")
     records = in_order(records)
     body = "\n".join(part for part in (
-        _header(records, heading_text), _table(records, metrics), _plot(records, metrics), _costs(records, metrics),
-        _samples(records, images), _details(records, metrics), _provenance(records)) if part)
+        _header(records, heading_text), _table(records, metrics), _controls(controls), _plot(records, metrics),
+        _costs(records, metrics), _samples(records, images), _details(records, metrics), _provenance(records)) if part)
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -139,6 +141,21 @@ def _table(records: Sequence[Record], metrics: Metrics) -> str:
             f"<tbody>{''.join(lines)}</tbody>\n</table></div>\n"
             '<p class="quiet">In brackets: the interval of each number. N: the images, or rounds of the clock. '
             "Δ: the paired difference to the baseline. Ratios are to the baseline. ↑ higher, ↓ lower is better.</p>\n"
+            "</section>")
+
+
+def _controls(content: Table | None) -> str:
+    """Rows beside their controls, where there are any."""
+    if content is None or not content.rows:
+        return ""
+    heads = "".join(f'<th scope="col" class="number">{escape(str(head))}</th>' for head in content.headings)
+    lines = "".join(f'<tr><th scope="row">{escape(row.name)}</th>' + "".join(
+        f'<td class="number">{escape(cell.text)}<small>{escape(cell.interval)}</small></td>' for cell in row.cells)
+        + f"<td>{escape(row.note)}</td></tr>" for row in content.rows)
+    return ('<section aria-labelledby="controls">\n<h2 id="controls">Beside their controls</h2>\n'
+            f'<div class="wide"><table>\n<thead><tr><th scope="col">row</th>{heads}<th scope="col">it is</th></tr>'
+            f"</thead>\n<tbody>{lines}</tbody>\n</table></div>\n"
+            '<p class="quiet">Δ: the row minus its control, image by image. Costs: the row / its control.</p>\n'
             "</section>")
 
 

@@ -134,8 +134,19 @@ class Record:
             raise ValueError(f"record {self.name!r} is {self.status}: say why in its reason")
 
     def quantity(self, name: str) -> Value | None:
-        """The value of a metric or of a comparison with the baseline, or None where the row has none."""
-        return self.metrics.get(name) or self.against_baseline.get(name)
+        """The value of a metric, of a comparison with the baseline or of what the methods were trained with.
+
+        None where the row has none.
+        """
+        return self.metrics.get(name) or self.against_baseline.get(name) or self._training().get(name)
+
+    def _training(self) -> dict[str, Value]:
+        """The recovery budget: images seen in training, and its seconds."""
+        spent = [(entry.get("images"), entry.get("seconds")) for entry in self.witness if entry.get("steps")]
+        known = [(images, seconds) for images, seconds in spent
+                 if isinstance(images, (int, float)) and isinstance(seconds, (int, float))]
+        return {"trained_images": Value(float(sum(images for images, _ in known))),
+                "training_seconds": Value(float(sum(seconds for _, seconds in known)), unit="s")} if known else {}
 
 
 RECORD = TypeAdapter(Record)

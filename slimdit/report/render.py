@@ -35,12 +35,13 @@ class Described(Protocol):
 Metrics = Mapping[str, Described]
 
 COLUMNS = ("fid", "sfid", "fd_lite0", "throughput_ratio", "latency_ratio_batch1", "psnr", "size", "peak_memory",
-           "run_macs")
+           "run_macs", "trained_images")
 """The columns of the main table, as far as the records have them; a difference follows its metric."""
 
 TITLES = {"psnr": "PSNR", "ssim": "SSIM", "fid": "FID", "sfid": "sFID", "kid": "KID", "macs": "MACs",
           "run_macs": "MACs per image", "size": "file size", "throughput_ratio": "throughput ratio",
-          "latency_ratio_batch1": "latency ratio, batch 1"}
+          "latency_ratio_batch1": "latency ratio, batch 1",
+          "trained_images": "images trained on", "training_seconds": "training time"}
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
@@ -112,14 +113,18 @@ def terminal_table(records: Sequence[Record], metrics: Metrics, columns: Sequenc
     content = table(records, metrics, columns)
     shown = _fitting(content, Console().width if width is None else width)
     left_out = ", ".join(head.title for head in content.headings[shown:])
-    return _drawn(Table(content.headings[:shown], tuple(Row(row.name, row.cells[:shown], row.note)
+    return drawn(Table(content.headings[:shown], tuple(Row(row.name, row.cells[:shown], row.note)
                                                         for row in content.rows)),
                   f"Left out, as the terminal is narrow: {left_out}." if left_out else "")
 
 
 def markdown(records: Sequence[Record], metrics: Metrics, columns: Sequence[str] | None = None) -> str:
     """The table in GitHub's Markdown."""
-    content = table(records, metrics, columns)
+    return as_markdown(table(records, metrics, columns))
+
+
+def as_markdown(content: Table) -> str:
+    """A table in GitHub's Markdown."""
     lines = [["row", *(str(head) for head in content.headings), "verdict"],
              ["---", *("---:" for _ in content.headings), "---"],
              *([row.name, *(str(cell) for cell in row.cells), row.note] for row in content.rows)]
@@ -132,12 +137,17 @@ def update_markdown(path: Path, name: str, text: str) -> None:
     Raises:
         ValueError: the file does not hold this pair of markers exactly once.
     """
-    opening, closing = f"<!-- table:{name} -->", "<!-- /table -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(opening)
+    begin, closing = opening(name), "<!-- /table -->"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     old, closed, after = rest.partition(closing)
-    if not found or not closed or opening in rest or "<!-- table:" in old:
-        raise ValueError(f"{path} must hold '{opening}' once and '{closing}' after it, for the table to go between")
-    write_text(path, f"{before}{opening}\n{text.strip()}\n{closing}{after}")
+    if not found or not closed or begin in rest or "<!-- table:" in old:
+        raise ValueError(f"{path} must hold '{begin}' once and '{closing}' after it, for the table to go between")
+    write_text(path, f"{before}{begin}\n{text.strip()}\n{closing}{after}")
+
+
+def opening(name: str) -> str:
+    """The marker after which a Markdown file has the table of that name."""
+    return f"<!-- table:{name} -->"
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def compare(left: Sequence[Record], right: Sequence[Record], metrics: Metrics,
 
 def comparison_table(comparison: Comparison) -> RichTable:
     """A comparison for a terminal."""
-    return _drawn(comparison.table, "\n".join(f"Not alike: {warning}." for warning in comparison.warnings))
+    return drawn(comparison.table, "\n".join(f"Not alike: {warning}." for warning in comparison.warnings))
 
 
 def main_columns(records: Sequence[Record]) -> list[str]:
@@ -251,22 +261,23 @@ def _either(told: Callable[[Record], str], left: Record, right: Record) -> str:
     return " → ".join(dict.fromkeys((told(left), told(right))))
 
 
-def _drawn(content: Table, caption: str) -> RichTable:
+def drawn(content: Table, caption: str = "") -> RichTable:
+    """A table for a terminal, intervals on a second line."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_lines=True, caption=Text(caption) if caption else None,
+    made = RichTable(box=box.SIMPLE_HEAD, show_lines=True, caption=Text(caption) if caption else None,
                       caption_justify="left")
-    drawn.add_column("row", overflow="fold", min_width=8)
+    made.add_column("row", overflow="fold", min_width=8)
     for head in content.headings:
-        drawn.add_column(Text("\n".join(_heading_lines(head))), justify="right", no_wrap=True)
-    drawn.add_column("verdict", overflow="fold", min_width=12)
+        made.add_column(Text("\n".join(_heading_lines(head))), justify="right", no_wrap=True)
+    made.add_column("verdict", overflow="fold", min_width=12)
     for row in content.rows:
         cells = [Text(cell.text).append(f"\n{cell.interval}" if cell.interval else "", style="dim")
                  for cell in row.cells]
-        drawn.add_row(Text(row.name, style="bold"), *cells, Text(row.note))
-    return drawn
+        made.add_row(Text(row.name, style="bold"), *cells, Text(row.note))
+    return made
 
 
 def _heading_lines(head: Heading) -> list[str]:
