@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,7 @@ def main() -> None:
 def measure(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one preset at one batch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        float_model = Pipeline(random_model(name)).to(device)
-        context = Context(float_model, Path(folder), device=device)
-        baseline = Compile().apply(float_model.copy(), context)
-        save(Quantize(weights="int8", activations="int8").apply(baseline.copy(), context), Path(folder) / "int8")
-        ours = load(Path(folder) / "int8").to(device)
+    with pipelines(name, device) as (float_model, baseline, ours):
         config = float_model.model.config
         generator = torch.Generator().manual_seed(0)
         inputs = tuple(tensor.to(device) for tensor in (
@@ -65,12 +62,24 @@ def measure(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
         calls: dict[str, Callable[[], Tensor]] = {
             f"compiled {baseline.runtime.dtype}": lambda: baseline.denoise(*inputs),
             "eager float32": lambda: float_model.denoise(*inputs),
-            **(openvino(float_model, inputs) if device == "cpu" else {})}
+            **({name: partial(engine, *inputs) for name, engine in openvino(float_model, inputs).items()}
+               if device == "cpu" else {})}
         with torch.inference_mode():
             mine = lambda: ours.denoise(*inputs)  # noqa: E731
             return [{"model": name, "batch": batch, "a": other, "b": "slimdit int8", **compare(call, mine, rounds),
                      "a_error": relative(call(), expected), "b_error": relative(mine(), expected)}
                     for other, call in calls.items()]
+
+
+@contextmanager
+def pipelines(name: str, device: str, **settings: Any) -> Iterator[tuple[Pipeline, Pipeline, Pipeline]]:
+    """A preset as it is, compiled in its best float type, and in int8 as it is after saving and loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Pipeline(random_model(name), **settings).to(device)
+        context = Context(plain, Path(folder), device=device)
+        baseline = Compile().apply(plain.copy(), context)
+        save(Quantize(weights="int8", activations="int8").apply(baseline.copy(), context), Path(folder) / "int8")
+        yield plain, baseline, load(Path(folder) / "int8").to(device)
 
 
 def random_model(name: str) -> DiT:
@@ -83,8 +92,8 @@ def random_model(name: str) -> DiT:
     return model
 
 
-def openvino(pipeline: Pipeline, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
-    """OpenVINO's runs of a model at the inputs' shape, in its best float type and in NNCF's int8; none if missing."""
+def openvino(pipeline: Pipeline, inputs: Inputs) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """A model run by OpenVINO at the inputs' shape, in its best float type and in NNCF's int8; none if missing."""
     if not all(importlib.util.find_spec(name) for name in ("openvino", "nncf")):
         print("openvino and nncf are not installed: not compared with them")
         return {}
@@ -100,9 +109,9 @@ def openvino(pipeline: Pipeline, inputs: Inputs) -> dict[str, Callable[[], Tenso
                 "PERFORMANCE_HINT": "LATENCY"}
     core = ov.Core()
 
-    def run(model: Any) -> Callable[[], Tensor]:
+    def run(model: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         request = core.compile_model(model, "CPU", settings).create_infer_request()
-        return lambda: torch.from_numpy(next(iter(request.infer(arrays).values())))
+        return lambda *given: torch.from_numpy(next(iter(request.infer([part.numpy() for part in given]).values())))
 
     return {"OpenVINO bf16": run(converted), "OpenVINO NNCF int8": run(quantized)}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .context import require
-from .files import write_json, write_text
+from .files import read_kept, write_json, write_text
 from .protocol import Protocol, find_protocol, unlike
 from .recipe import Recipe, find, tour
 from .report.record import (
@@ -160,7 +160,7 @@ def begin(plan: Plan, resume: bool) -> None:
         if not resume:
             raise ValueError(f"{plan.folder} holds a bench: add --resume to go on with it, or name another folder "
                              "with --out")
-        before = json.loads(path.read_text())
+        before = read_kept(path, dict)
         if changed := [name for name in identity if before.get(name) != identity[name]]:
             raise ValueError(f"{plan.folder} was begun with another {' and '.join(changed)}: use the same settings, "
                              "or another folder with --out")
@@ -184,7 +184,7 @@ def measure_row(row: Row, show: Show) -> None:
         KeyboardInterrupt: passed on, with the record written.
     """
     spec = row.home / "row.json"
-    if spec.exists() and not same_row(json.loads(spec.read_text()), row):
+    if spec.exists() and not is_left_by(row, spec):
         shutil.rmtree(row.home)
     write_json(spec, row.to_dict())
     deadline = time.monotonic() + row.protocol.timeout_s
@@ -224,6 +224,14 @@ def write_failed(row: Row, status: Status, reason: str) -> None:
                     provenance=provenance(seeds={"images": row.seed}, dtype=row.protocol.runtime.dtype,
                                           device=row.device, command=row.command))
     write(record, Path(row.folder) / "records")
+
+
+def is_left_by(row: Row, spec: Path) -> bool:
+    """Whether the folder that a file describes was left by this row; a damaged file tells nothing."""
+    try:
+        return same_row(read_kept(spec, dict), row)
+    except ValueError:
+        return False
 
 
 def same_row(before: dict[str, Any], row: Row) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and a report needs none of it
     from torch import Tensor
+
+T = TypeVar("T", dict[str, Any], list[dict[str, Any]])
 
 
 @contextmanager
@@ -42,6 +44,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_kept(path: Path, kind: type[T], keys: Iterable[str] = ()) -> T:
+    """What an interrupted run left in a JSON file of its own, for the run that goes on.
+
+    Args:
+        kind: `dict`, or `list` of such.
+        keys: what the object, or each in the list, must have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not whole, or not of that kind.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): remove {path.parent} to do its part again") from error
+    each = value if isinstance(value, list) else [value]
+    if not isinstance(value, kind) or not all(isinstance(one, dict) and one.keys() >= set(keys) for one in each):
+        raise ValueError(f"{path} does not hold what a run leaves there: remove {path.parent} to do its part again")
+    return value
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically.
 
@@ -59,23 +82,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_tensors(path: Path, *, mapped: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, mapped: bool = True,
+                 repeats: Callable[[str], str] = str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Args:
         mapped: whether tensors are views of the mapped file, whose pages count as held from when they are read until
             the last view is gone. Else each is copied into memory of its own, but floats of half precision.
+        repeats: a tensor's name to that of one it may repeat; what is copied is held once where the two are equal.
 
     Raises:
         ValueError: the file is truncated or not safetensors.
     """
+    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), dict(file.metadata() or {})
             views = {name: file.get_tensor(name) for name in names if mapped}
-        return views or {name: _copied(path, name) for name in names}, metadata
+        if mapped:
+            return views, metadata
+        copies: dict[str, Tensor] = {}
+        for name in names:
+            copy, before = _copied(path, name), copies.get(repeats(name))
+            copies[name] = before if before is not None and torch.equal(copy, before) else copy
+        return copies, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
 

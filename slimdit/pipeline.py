@@ -17,9 +17,10 @@ from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
-from .sampling.process import Denoise, NoiseProcess
+from .models.modulation import Modulations
+from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
-from .sampling.solvers import Sampling, solve
+from .sampling.solvers import Sampling, solve, timesteps
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,9 +126,7 @@ class Pipeline:
         filled = [*ids, *[ids[-1]] * missing]
         config = self.model.config
         labels = torch.cat([labels, labels[-1:].expand(missing)]).to(self.device)
-        noise = ImageNoise(seed, filled, (config.channels, *config.input_size))
-        latents = solve(self.denoise, self.process, self.sampling, noise, labels, null_class=config.classes,
-                        learn_sigma=config.learn_sigma, device=self.device)
+        latents = self.latents(ImageNoise(seed, filled, (config.channels, *config.input_size)), labels)
         images = self.autoencoder.decode(latents[:len(ids)].float())
         finite = images.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
@@ -135,22 +134,29 @@ class Pipeline:
                              "the model's weights, or run it in another dtype")
         return to_uint8(images)
 
+    @torch.inference_mode()
+    def latents(self, noise: ImageNoise, labels: Tensor) -> Tensor:
+        """What the solver makes of noise, before it is decoded: (batch, channels, height, width) for labels (batch,).
+
+        What adaLN says is computed ahead, for all steps at once.
+        """
+        config, guided = self.model.config, self.sampling.guidance != 1
+        occurring = torch.cat([labels, labels.new_tensor([config.classes])]) if guided else labels
+        ahead = Modulations(self.denoise.model, timesteps(self.process, self.sampling), occurring)
+        return solve(lambda x, t, y: self.denoise(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
+                     null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device,
+                     progress=ahead.seek)
+
     @cached_property
-    def denoise(self) -> Denoise:
-        """The model as sampling calls it: float32 in and out, executed as `runtime` says."""
+    def denoise(self) -> Denoiser:
+        """The model as sampling calls it, executed as `runtime` says."""
         dtype = DTYPES[self.runtime.dtype]
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
         model = copy.deepcopy(self.model, shared) if dtype != self._stored_dtype() else self.model
         model = model.to(dtype).eval()
         form = self.runtime.attention_form(model.config.tokens, self.device)
-        forward = torch.compile(model, dynamic=False) if self.runtime.compile else model
-
-        def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            model.use_attention(form)  # another pipeline may share the model and execute it otherwise
-            return forward(x.to(dtype), t, y).float()
-
-        return denoise
+        return Denoiser(model, torch.compile(model, dynamic=False) if self.runtime.compile else model, dtype, form)
 
     @property
     def device(self) -> torch.device:
@@ -191,6 +197,27 @@ class Pipeline:
 
     def _stored_dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters()), torch.float32)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model as sampling calls it: float32 in and out, whatever it computes in.
+
+    Attributes:
+        model: in the type it computes in.
+        forward: the model itself, or compiled.
+        form: of softmax attention.
+    """
+
+    model: DiT
+    forward: Callable[..., Tensor]
+    dtype: torch.dtype
+    form: AttentionForm
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
+        """As `DiT.forward`."""
+        self.model.use_attention(self.form)  # another pipeline may share the model and execute it otherwise
+        return self.forward(x.to(self.dtype), t, y, modulations).float()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .context import Context, Refused
-from .files import write_json, write_text
+from .files import read_kept, write_json, write_text
 from .methods import METHODS, Method
 from .strict import build, convert, nearest, parse_toml, read_text
 
@@ -295,7 +295,7 @@ def _resumed(recipe: Recipe, pipeline: Pipeline, context: Context, start: _Start
         marker = _folder(context, number, method) / DONE
         if not marker.exists():
             break
-        found, expected = json.loads(marker.read_text(encoding="utf-8")), start.marker(recipe, number)
+        found, expected = read_kept(marker, dict, ["witness"]), start.marker(recipe, number)
         if any(found.get(key) != value for key, value in expected.items()):
             raise ValueError(f"{marker.parent} is of another recipe, model or seed: use the ones it began with, or "
                              "another folder")

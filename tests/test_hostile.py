@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from slimdit import bench, formats, recipe
 from slimdit.allocation import open_sensitivity
 from slimdit.cli import verb
+from slimdit.files import read_kept, write_json
 from slimdit.metrics import lite0
 from slimdit.metrics.adm import read_samples, read_statistics, write_samples, write_statistics
 from slimdit.metrics.features import extractor
@@ -44,11 +45,14 @@ from slimdit.models.autoencoder import PixelSpace
 from slimdit.models.dit import DiT, uniform
 from slimdit.pipeline import Pipeline
 from slimdit.protocol import find_protocol, shipped_protocols
-from slimdit.report.record import Record, Value, content_hash, record_path, write
+from slimdit.report import contrast
+from slimdit.report.contrast import Contrast
+from slimdit.report.record import RECORD, Record, Value, content_hash, read_evidence, record_path, write
 from slimdit.sampling.settings import Sampling
 from slimdit.shards import Shards
 from slimdit.training.data import open_data
 from slimdit.training.encode import KIND
+from slimdit.training.loop import TrainConfig, TrainState
 from slimdit.training.plan import read_plan
 
 FEW = 600  # damaged files in all by default
@@ -147,6 +151,24 @@ training = {steps = 3, batch = 4, log_every = 1}
 """
 
 
+def training() -> TrainState:
+    model = pipeline().model
+    return TrainState(model, torch.optim.AdamW(model.parameters()), TrainConfig(steps=1, batch=1))
+
+
+def marker(folder: Path) -> Any:
+    return read_kept(folder / "x.json", dict, ["witness"])
+
+
+def beside(folder: Path) -> None:
+    difference = {"fd_lite0_difference": Value(1.0, 0.5, 2.0, 4)}
+    contrast.write([Contrast("lean", "control", ("a" * 64, "b" * 64), difference)], folder / "x.json")
+
+
+def evidence(folder: Path) -> None:
+    write_json(folder / "x.json", [RECORD.dump_python(Record(name), mode="json") for name in ("baseline", "lean")])
+
+
 def records(folder: Path) -> None:
     for name in ("baseline", "lean"):
         write(Record(name, protocol={"images": 4}, metrics={"fd_lite0": Value(3.0, 2.0, 4.0, 4, bias=0.5)},
@@ -200,6 +222,12 @@ READERS = {
                    lambda folder: read_plan(folder / "x.toml"), ("x.toml",)),
     "records": Reader(records, bench.read_records, ("lean.json",)),
     "signed record": Reader(records, bench.read_records, ("lean.json",), sign),
+    "contrasts": Reader(beside, lambda folder: contrast.read(folder / "x.json"), ("x.json",)),
+    "evidence": Reader(evidence, lambda folder: read_evidence(folder / "x.json"), ("x.json",)),
+    "what a run left": Reader(lambda folder: write_json(folder / "x.json", {"witness": {"method": "quantize"}}),
+                              marker, ("x.json",)),
+    "training checkpoint": Reader(lambda folder: training().save(folder / "x.safetensors", 1),
+                                  lambda folder: training().load(folder / "x.safetensors"), ("x.safetensors",)),
     "sensitivity": Reader(lambda folder: (folder / "sensitivity.json").write_text(json.dumps({
         "model": "bundled", "fingerprint": "ab", "settings": {"perturb": "int8"}, "provenance": {},
         "bins": [[999, 500]], "layers": ["a", "b"], "errors": {"a": [0.1]}, "totals": {"a": 0.1}})),

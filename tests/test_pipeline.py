@@ -29,9 +29,9 @@ def recording(pipeline, calls):
     """The pipeline, with the labels of every model call noted."""
     forward = pipeline.model.forward
 
-    def noted(x, t, y):
+    def noted(x, t, y, *more):
         calls.append(y.tolist())
-        return forward(x, t, y)
+        return forward(x, t, y, *more)
 
     pipeline.model.forward = noted
     return pipeline
@@ -220,7 +220,7 @@ def test_uint8_is_height_width_channels():
 def test_an_image_that_is_no_number_is_refused_and_named():
     pipeline = build()
 
-    def spoilt(x, t, y):
+    def spoilt(x, t, y, *more):
         return torch.where((y == 3)[:, None, None, None], torch.nan, x)
 
     pipeline.model.forward = spoilt

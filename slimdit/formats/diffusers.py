@@ -7,6 +7,7 @@ its timestep frequencies by another constant than the original DiT (docs/design/
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -76,7 +77,7 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
     stored = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in stored:
-        part = read_safetensors(file) if file.suffix == ".safetensors" else read_pickled(file)
+        part = read_safetensors(file, of_block_0) if file.suffix == ".safetensors" else read_pickled(file)
         if not isinstance(part, Mapping) or not all(isinstance(value, Tensor) for value in part.values()):
             raise FormatError(f"{file} does not hold weights by name: is it a diffusers model?")
         check_tensors(part, file)
@@ -95,6 +96,11 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
     process, sampling, more = read_scheduler(path / "scheduler" / "scheduler_config.json")
     model, name = build_model(config, ours, stored[0]), preset_name(config) or path.name
     return Loaded(Pipeline(model, sampling, process, find_autoencoder(path), name=name), (*notes, *more))
+
+
+def of_block_0(name: str) -> str:
+    """Block 0's name of an embedder that every block has a copy of; other names as they are."""
+    return re.sub(rf"^{BLOCK}\.\d+\.norm1\.emb\.", f"{BLOCK}.0.norm1.emb.", name)
 
 
 def weight_files(folder: Path) -> list[Path]:

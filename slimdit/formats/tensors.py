@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,15 +78,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, repeats: Callable[[str], str] = str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which cannot declare more bytes than it has, in memory of their own.
+
+    Args:
+        repeats: as `read_tensors` takes it.
 
     Raises:
         FormatError: the file is missing, truncated, foreign or oversized.
     """
     check_size(path)
     try:
-        return read_tensors(path, mapped=False)[0]
+        return read_tensors(path, mapped=False, repeats=repeats)[0]
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sentence = str(error) if isinstance(error, ValueError) else f"{path} cannot be read ({error})"
         raise FormatError(sentence) from error

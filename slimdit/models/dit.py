@@ -259,22 +259,46 @@ class DiT(nn.Module):
         for name, kind in config.linears.items():
             replace_linear(self, name, kind)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
         """Predict noise (and variance, where learned).
 
         Args:
             x: (batch, channels, height, width), the noisy input.
             t: (batch,), timesteps in 0..999, whole or fractional.
             y: (batch,), integer labels; `config.classes` is the null class.
+            modulations: what `modulations(t, y)` returns, where it is known already.
 
         Returns:
             (batch, out_channels, height, width).
         """
         tokens = self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
+        if modulations is None:
+            *of_blocks, of_final = self._modulations(t, y)
+        else:
+            *of_blocks, of_final = modulations.split(self.modulation_sizes, dim=-1)
+        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+            tokens = block(tokens, modulation, t, y == self.config.classes)
+        return unpatchify(self.final_layer(tokens, of_final), self.config)
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """adaLN's shifts, scales and gates of all blocks and the final layer, which no token has a part in.
+
+        Args:
+            t, y: as `forward` takes them, (batch,).
+
+        Returns:
+            (batch, sum of `modulation_sizes`): 6 * width for every block, then 2 * width.
+        """
+        return torch.cat(self._modulations(t, y), dim=-1)
+
+    @property
+    def modulation_sizes(self) -> list[int]:
+        """How many of the modulations belong to each block, and to the final layer."""
+        return [*(6 * self.config.width for _ in self.blocks), 2 * self.config.width]
+
+    def _modulations(self, t: Tensor, y: Tensor) -> list[Tensor]:
         condition = self.t_embedder(t) + self.y_embedder(y)  # (batch, width)
-        for block in self.blocks:
-            tokens = block(tokens, condition, t, y == self.config.classes)
-        return unpatchify(self.final_layer(tokens, condition), self.config)
+        return [branch.adaLN_modulation(condition) for branch in (*self.blocks, self.final_layer)]
 
     def initialise(self) -> None:
         """The paper's initialisation: Xavier linears, and zeros wherever a block could speak before it has learned."""
@@ -317,13 +341,13 @@ class Block(nn.Module):
         self.mlp = feed_forward(width, config.mlp_width, config.experts)
         self.adaLN_modulation = modulation(width, 6 * width, config.adaln_rank)
 
-    def forward(self, x: Tensor, condition: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
-        """(batch, tokens, width) and (batch, width) to (batch, tokens, width).
+    def forward(self, x: Tensor, modulation: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
+        """(batch, tokens, width) and what adaLN says, (batch, 6 * width), to (batch, tokens, width).
 
         Experts also look at the timesteps (batch,), and at whether the label is the null class (batch,).
         """
-        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # each (batch, 1, width)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        parts = modulation[:, None].chunk(6, dim=-1)  # each (batch, 1, width)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         given = modulate(self.norm2(x), shift_mlp, scale_mlp)
         return x + gate_mlp * (self.mlp(given, t, unlabelled) if isinstance(self.mlp, Experts) else self.mlp(given))
@@ -338,9 +362,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch * patch * out_channels)
         self.adaLN_modulation = modulation(width, 2 * width, adaln_rank)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(batch, tokens, width) to (batch, tokens, patch * patch * out_channels)."""
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(batch, tokens, width) and what adaLN says, (batch, 2 * width), to patches.
+
+        Returns:
+            (batch, tokens, patch * patch * out_channels).
+        """
+        shift, scale = modulation[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 

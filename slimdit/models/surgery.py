@@ -350,7 +350,11 @@ def without_block(model: DiT, name: str) -> Iterator[None]:
 class Passage(nn.Module):
     """What is left of a block that is taken out: tokens pass as they are."""
 
-    def forward(self, x: Tensor, condition: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Identity()
+
+    def forward(self, x: Tensor, modulation: Tensor, t: Tensor, unlabelled: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""
         return x
 

@@ -339,8 +339,11 @@ def _details(records: Sequence[Record], metrics: Metrics) -> str:
         lines = "".join(
             f'<tr><th scope="row">{escape(title(name))}</th>'
             f'<td class="number">{escape(" ".join(number(value, unit=_unit(value, name, metrics))))}</td>'
-            f'<td class="number">{f"{value.n:,}" if value.n is not None else ""}</td></tr>' for name, value in numbers)
-        heads = '<th scope="col">measured</th><th scope="col" class="number">value</th><th scope="col">N</th>'
+            f'<td class="number">{f"{value.n:,}" if value.n is not None else ""}</td>'
+            f'<td class="number">{f"{value.bias:+.2g}" if value.bias is not None else ""}</td></tr>'
+            for name, value in numbers)
+        heads = ('<th scope="col">measured</th><th scope="col" class="number">value</th><th scope="col">N</th>'
+                 '<th scope="col">bias, of so few images</th>')
         measured = f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>" if lines else ""
         stages = ", ".join(f"{stage} {' '.join(number(Value(seconds, unit='s')))}"
                            for stage, seconds in record.seconds.items())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -316,9 +316,19 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, path: Path) -> int:
-        """Take the state from a file and return the number of steps done."""
+        """Take the state from a file and return the number of steps done.
+
+        Raises:
+            ValueError: the file is damaged, no checkpoint, or of another run.
+        """
         tensors, metadata = read_tensors(path)
-        self.check(path, metadata)
+        try:
+            then, step = dict(json.loads(metadata["training"])), int(metadata["step"])
+            config = DiTConfig.from_dict(json.loads(metadata["model"]))
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a checkpoint of a training run ({error!r}): remove it to begin "
+                             "anew") from error
+        self.check(path, then, config, tensors)
         for name, p in self.parameters.items():
             p.copy_(tensors[f"model.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
@@ -326,14 +336,15 @@ class TrainState:
                 key: value if key == "step" else value.to(p.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if (value := tensors.get(f"optimizer.{key}.{name}")) is not None}
-        return int(metadata["step"])
+        return step
 
-    def check(self, path: Path, metadata: dict[str, str]) -> None:
+    def check(self, path: Path, then: dict[str, Any], config: DiTConfig, tensors: dict[str, Tensor]) -> None:
         """Refuse the checkpoint of another run: only the length and how often it reports may change."""
-        free = {"steps", "checkpoint_every", "log_every", "compile"}
-        then, now = json.loads(metadata["training"]), asdict(self.config)
+        free, now = {"steps", "checkpoint_every", "log_every", "compile"}, asdict(self.config)
         changed = [name for name in now if name not in free and then.get(name) != now[name]]
-        if DiTConfig.from_dict(json.loads(metadata["model"])) != self.model.config:
+        shapes = {f"{kind}.{name}": p.shape for name, p in self.parameters.items() for kind in ("model", "ema")}
+        if config != self.model.config or any(name not in tensors or tensors[name].shape != shape
+                                              for name, shape in shapes.items()):
             changed.append("the model's structure")
         if changed:
             raise ValueError(f"{path} belongs to another run: {', '.join(changed)} changed; use the settings it began "

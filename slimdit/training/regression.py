@@ -44,15 +44,15 @@ def attention_answers(model: DiT, calls: Sequence[Call], block: int) -> Answers:
     y: list[Tensor] = []
     gates: list[Tensor] = []
 
-    def told_condition(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        gates.append(module.adaLN_modulation(inputs[1])[:, None].chunk(6, dim=-1)[2])
+    def told_modulation(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        gates.append(inputs[1][:, None].chunk(6, dim=-1)[2])
 
     def told_answer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x.append(inputs[0])
         y.append(output)
 
     with ExitStack() as hooks:
-        hooks.callback(place.register_forward_pre_hook(told_condition).remove)
+        hooks.callback(place.register_forward_pre_hook(told_modulation).remove)
         hooks.callback(place.attn.register_forward_hook(told_answer).remove)
         for call in calls:
             model(call.x, call.t, call.y)

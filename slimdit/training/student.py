@@ -6,7 +6,6 @@ functions only: methods are listed without it.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-from ..files import read_tensors, write_json, write_tensors
+from ..files import read_kept, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +158,7 @@ class StudentTraining:
         start = {"model": pipeline.fingerprint(), "teacher": self.teacher.fingerprint(), "seed": self.seed,
                  "options": asdict(self.options), "data": data}
         marker = folder / "start.json"
-        before = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+        before = read_kept(marker, dict) if marker.exists() else {}
         changed = [name for name in start if before.get(name) != start[name]]
         if changed and (folder / "checkpoint.safetensors").exists():
             raise ValueError(f"{folder} holds training with another {' and '.join(changed)}: use what it began with, "
@@ -301,7 +300,7 @@ class HeldOut:
 
     def entries(self) -> list[dict[str, Any]]:
         """Steps and relative errors, the first before training."""
-        return json.loads(self.log.read_text(encoding="utf-8")) if self.log.exists() else []
+        return read_kept(self.log, list, ["step", "error"]) if self.log.exists() else []
 
     def is_enough(self) -> bool:
         """Whether the last checks, as many as the patience, were no better than one before them."""
