@@ -70,9 +70,13 @@ class Int8WeightOnly(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         rows = x.reshape(-1, self.in_features)
-        if not reads_integers(rows):
+        if reads_integers(rows):
+            product = torch.ops.slimdit.few_rows_product(rows, self.weight)
+        elif torch.compiler.is_compiling() or x.dtype == torch.float16:  # one fused pass; what would overflow
             return super().forward(x)
-        product = torch.ops.slimdit.few_rows_product(rows, self.weight) * self.scale
+        else:  # bfloat16 holds the integers as they are: one pass over the weights instead of three
+            product = nn.functional.linear(rows, self.weight.to(x.dtype))
+        product = product * self.scale
         product = product if self.bias is None else product + self.bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
