@@ -146,6 +146,7 @@ def test_to_toml_spells_defaults_out():
 def test_shipped_recipes_are_named_as_their_file_described_and_pass_on_a_twin(name):
     recipe = find(name)
     assert recipe.name == name and recipe.model == "bundled" and recipe.description
+    assert set(recipe.controls) <= set(shipped())
     alike = uniform(depth=5, width=24, heads=6, patch=1, input_size=(8, 8), channels=1, classes=3)  # as bundled
     target = Pipeline(DiT(alike), Sampling(steps=50, guidance=1.5))
     assert [entry["method"] for entry in check(recipe, target)] == [next(iter(m)) for m in recipe.to_dict()["methods"]]
