@@ -267,10 +267,33 @@ def encode(
 @app.command()
 @verb
 def inspect(
-    file: Annotated[str, typer.Argument(help="A checkpoint: a file, a folder, 'bundled' or a Hub id.")],
-    heads: Heads = None, weights: Weights = "ema", as_json: Json = False,
+    file: Annotated[str | None, typer.Argument(help="A checkpoint: a file, a folder, 'bundled' or a Hub id.")] = None,
+    heads: Heads = None, weights: Weights = "ema",
+    roofline: Annotated[bool, typer.Option("--roofline", help="Measure where the time goes, against this machine's "
+                                           "peak. Takes presets too; without FILE: XS/4, S/2, B/2.")] = False,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at a time, with --roofline; more than once "
+                                                    "for several. [default: 1, 8, 32]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --roofline. [default: the machine's best]")] = None,
+    compile_model: Annotated[bool, typer.Option("--compile/--eager", help="With --roofline.")] = True,
+    update: Annotated[Path | None, typer.Option(help="A Markdown file whose table `roofline` is to be rendered "
+                                                "anew.")] = None,
+    as_json: Json = False,
 ) -> None:
     """What a checkpoint is: format, structure, size, MACs, and what can be applied to it here."""
+    if roofline:
+        from . import roofline as room
+        from .report.record import provenance
+        from .report.render import update_markdown
+
+        settings = room.Settings(tuple(batch or room.BATCHES), dtype, compile_model)
+        rows = room.measure_all([file] if file else room.MODELS, settings, lambda line: err.print(line))
+        where = provenance(dtype=rows[0]["dtype"], threads=rows[0]["threads"])
+        if update:
+            update_markdown(update, "roofline", room.table(rows, where))
+        sys.stdout.write(document({"rows": rows, "provenance": where}) if as_json else room.table(rows, where) + "\n")
+        return
+    if file is None:
+        raise ValueError("inspect: name a checkpoint: a file, a folder, 'bundled' or a Hub id")
     from .commands import inspect_checkpoint
 
     _answer(inspect_checkpoint(file, weights, heads), as_json)

@@ -17,7 +17,7 @@ FLOORS = [
     {"allocation"},
     {"methods"},
     {"recipe"},
-    {"commands", "row", "sensitivity"},
+    {"commands", "roofline", "row", "sensitivity"},
     {"bench", "catalogue", "verify"},
     {"cli"},
     {"assets"},
