@@ -27,6 +27,9 @@ class ReduceSteps:
         spacing: a name in `SPACINGS`: which timesteps are visited.
         guidance_interval: first and last timestep at which guidance acts; outside it one pass is saved.
         timesteps: the timesteps themselves, descending, instead of a spacing.
+        search: images with which better timesteps than the spacing's are searched, without data: those from which as
+            many steps end nearest to where `long` steps do (`training/placement.py`). 0 searches none. Takes minutes.
+        long: steps of the run that the search imitates.
 
     Raises:
         ValueError: a value is refused; the sentence says which and why.
@@ -37,11 +40,20 @@ class ReduceSteps:
     spacing: str | None = None
     guidance_interval: tuple[int, int] | None = None
     timesteps: tuple[int, ...] | None = None
+    search: int = 0
+    long: int = 100
 
     def __post_init__(self) -> None:
         from ..sampling.settings import Sampling
 
         Sampling(**self.named())
+        if self.search < 0:
+            raise ValueError(f"reduce_steps: search must be 0 or a number of images, not {self.search}")
+        if self.search and self.long <= self.steps:
+            raise ValueError(f"reduce_steps: the search needs a run of more than the {self.steps} steps to imitate, "
+                             f"not of {self.long}: raise long")
+        if self.search and self.timesteps is not None:
+            raise ValueError("reduce_steps: give timesteps or a search for them, not both")
 
     def apply(self, pipeline: Pipeline, context: Context) -> Pipeline:
         """Change how the pipeline samples."""
@@ -49,11 +61,26 @@ class ReduceSteps:
 
         sampling = self.sampling(pipeline.sampling)
         before, after = (evaluations(pipeline.process, one) for one in (pipeline.sampling, sampling))
-        require(after < before or sampling == pipeline.sampling,
+        require(after < before or sampling == pipeline.sampling or (self.search and after == before),
                 f"reduce_steps would reduce nothing: the model is evaluated {before} times per image before and "
                 f"{after} times after; ask for fewer steps or a narrower guidance_interval")
-        context.witness(evaluations_before=before, evaluations_after=after)
+        found: dict[str, Any] = {}
+        if self.search:
+            sampling, found = self.placed(pipeline, sampling, context)
+        context.witness(evaluations_before=before, evaluations_after=evaluations(pipeline.process, sampling), **found)
         return pipeline.replace(sampling=sampling)
+
+    def placed(self, pipeline: Pipeline, sampling: Sampling, context: Context) -> tuple[Sampling, dict[str, Any]]:
+        """The settings with their timesteps moved to where the model is best served, and what was gained."""
+        from ..training.placement import STRIDES, place_steps
+
+        require(sampling.solver != "ddpm", "reduce_steps: a search needs runs that end alike from the same noise, and "
+                                           "ddpm draws more of it on the way: use another solver, or no search")
+        if context.rehearsal:
+            return place_steps(pipeline, sampling, images=1, long=self.steps + 1, seed=context.seed,
+                               strides=STRIDES[:1])
+        return place_steps(pipeline, sampling, images=self.search, long=self.long, seed=context.seed,
+                           report=context.report)
 
     def sampling(self, before: Sampling) -> Sampling:
         """The settings with this method's changes."""
@@ -62,5 +89,6 @@ class ReduceSteps:
         return replace(before, **{"timesteps": before.timesteps if stays else None, **self.named()})
 
     def named(self) -> dict[str, Any]:
-        """The options that were given."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The options that sampling has, as far as they were given."""
+        return {name: value for name, value in vars(self).items()
+                if value is not None and name not in ("search", "long")}
