@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from benchmarks.record import table as benchmark_table
+from slimdit.bench import read_records, update_table
+from slimdit.report.render import update_markdown
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -116,6 +121,24 @@ def test_the_readme_has_its_table_between_markers_below_the_command():
     before, table, _ = re.split(r"<!-- table:demo -->|<!-- /table -->", README)
     assert table.strip()
     assert before.rstrip().endswith("```sh\nmake tables\n```")
+
+
+@pytest.mark.parametrize(("page", "name"), [("README.md", "demo"), ("docs/methods.md", "methods"),
+                                            ("docs/study.md", "study")])
+def test_tables_are_what_their_records_give(page, name, tmp_path):
+    copy, folder = tmp_path / "page.md", ROOT / "results" / name
+    copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    update_table(copy, name, folder, read_records(folder))
+    assert copy.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8"), "make tables"
+
+
+def test_the_benchmarks_page_is_what_its_records_give(tmp_path):
+    page = ROOT / "benchmarks" / "README.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    for path in (ROOT / "results" / "benchmarks").glob("*.json"):
+        update_markdown(copy, path.stem, benchmark_table(json.loads(path.read_text(encoding="utf-8"))))
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), "python -m benchmarks.record"
 
 
 def test_no_tracked_file_names_a_private_place_or_a_package_host():
