@@ -45,8 +45,9 @@ study: $(INSTALLED) ## measure what results/study lacks: attention, students and
 	  slimdit/assets/recipes/experts/*.toml slimdit/assets/recipes/compression/finetune-*.toml \
 	  --protocol study --out results/study --resume
 
-benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, half an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 attention attention_kinds few_rows load_memory startup
+benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, an hour on an idle machine
+	$(BIN)/python -m benchmarks.record int8 sampling_run attention attention_kinds few_rows load_memory startup \
+	  measuring bootstrap
 
 tables: $(INSTALLED) ## render the tables of README, docs/methods.md, docs/study.md and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from slimdit import Pipeline, Sampling
 from slimdit.context import Context, Refused
-from slimdit.models.dit import uniform
+from slimdit.models.dit import DiT, uniform
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +101,18 @@ def test_a_benchmark_ends_with_one_line_of_json(name, arguments, monkeypatch, ca
     assert 0 < row["low"] <= row["ratio"] <= row["high"]
     assert row["rounds"] == 2
     assert result["provenance"]["command"] == f"python -m benchmarks.{name} {' '.join(arguments)}"
+
+
+def test_whole_sampling_runs_are_timed_ahead_and_step_by_step(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.sampling_run")
+    monkeypatch.setattr("benchmarks.int8.random_model", lambda name: DiT(uniform(
+        depth=1, width=32, heads=2, patch=2, input_size=(4, 4), channels=1, classes=3)).eval())
+    monkeypatch.setattr("benchmarks.sampling_run.openvino", lambda pipeline, inputs: {"other": pipeline.denoise})
+    monkeypatch.setattr(sys, "argv", ["sampling_run", *shlex.split("--presets tiny --images 1 --steps 2 --rounds 1")])
+    room.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["a"].partition(" ")[0] for row in rows] == ["compiled", "compiled", "slimdit", "other"]
+    assert all(row["ratio"] > 0 and row["b"] == "slimdit int8, ahead" for row in rows)
 
 
 def test_kinds_of_attention_are_timed_against_both_forms_of_softmax(monkeypatch, capsys):
