@@ -46,7 +46,7 @@ study: $(INSTALLED) ## measure what results/study lacks: attention, students and
 	  --protocol study --out results/study --resume
 
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 sampling_run attention attention_kinds few_rows load_memory startup \
+	$(BIN)/python -m benchmarks.record int8 sampling_run historical attention attention_kinds few_rows load_memory startup \
 	  measuring bootstrap
 
 tables: $(INSTALLED) ## render the tables of README, docs/methods.md, docs/study.md and benchmarks/README.md from their records

@@ -115,6 +115,13 @@ def test_whole_sampling_runs_are_timed_ahead_and_step_by_step(monkeypatch, capsy
     assert all(row["ratio"] > 0 and row["b"] == "slimdit int8, ahead" for row in rows)
 
 
+def test_steps_that_were_not_timed_are_reckoned_and_only_on_the_published_side():
+    reckoned = importlib.import_module("benchmarks.historical").reckoned
+    times = {"ratio": 2.0, "low": 1.5, "high": 2.5, "a_seconds": 4.0, "b_seconds": 2.0, "rounds": 3}
+    assert reckoned(times, 5) == {"ratio": 100.0, "low": 75.0, "high": 125.0, "a_seconds": 200.0, "b_seconds": 2.0,
+                                  "rounds": 3, "steps_timed": 5}
+
+
 def test_kinds_of_attention_are_timed_against_both_forms_of_softmax(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.attention_kinds")
     sizes = "--tokens 12 16 --heads 4 --head-dim 8 --mediators 4 --rounds 2"

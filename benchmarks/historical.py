@@ -1,0 +1,78 @@
+"""A recipe's whole sampling run against the way DiT was published: eager float32, 250 DDPM steps, a doubled batch.
+
+    python -m benchmarks.historical --models bundled S/2 --recipes lean
+
+Every step of the published way takes as long as any other, so some are timed and the rest is reckoned: `a_seconds` is
+of all 250. It computes adaLN in every step. `eager float32` is PyTorch's own products, which leave the vectors of some
+processors unused; `compiled float32` uses them; both are what a speed-up is often quoted against, and neither is what
+slimdit calls its baseline: that is the compiled model in its best float type at 50 DDIM steps. A preset has random
+weights, which no time depends on: what the recipe costs in quality is measured on the bundled model by `slimdit bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimdit.context import Context
+from slimdit.formats import load
+from slimdit.methods.compile import Compile
+from slimdit.pipeline import Pipeline, Runtime
+from slimdit.recipe import find, run
+from slimdit.sampling.settings import Sampling
+
+from .int8 import random_model
+from .result import compare, settle, show
+from .sampling_run import whole
+
+STEPS = 250  # of the published way
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time recipes against DiT's published way of sampling.")
+    parser.add_argument("--models", nargs="+", default=["bundled", "S/2"])
+    parser.add_argument("--recipes", nargs="+", default=["lean"])
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--timed", type=int, default=4, help="steps of the published way that are timed")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    show("historical", [row for model, recipe in product(options.models, options.recipes)
+                        for row in measure(model, recipe, options.images, options.timed, options.rounds)])
+
+
+def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of one model and recipe."""
+    plain = load("bundled") if model == "bundled" else Pipeline(random_model(model))
+    guidance = 1.5 if model == "bundled" else 4.0
+    published = plain.replace(sampling=Sampling("ddpm", timed, "respaced", guidance=guidance))
+    with tempfile.TemporaryDirectory() as folder:
+        context = Context(plain, Path(folder))
+        baseline = Compile().apply(plain.replace(sampling=Sampling("ddim", 50, guidance=guidance)), context)
+        run(find(recipe), baseline, Context(baseline, Path(folder, "recipe")))
+        ours = load(Path(folder, "recipe"))
+        others = {"eager float32": published.replace(runtime=Runtime()),
+                  "compiled float32": published.replace(runtime=Runtime(compile=True))}
+        rows = [{"a": f"{name}, {STEPS} DDPM steps", **reckoned(compare(
+            lambda other=other: whole(other, images, other.denoise), lambda: whole(ours, images), rounds), timed)}
+            for name, other in others.items()]
+        best = f"compiled {baseline.runtime.dtype}, 50 DDIM steps"
+        rows.append({"a": best, **compare(lambda: whole(baseline, images), lambda: whole(ours, images), rounds)})
+    return [{"model": model, "images": images, "b": recipe, **row} for row in rows]
+
+
+def reckoned(times: dict[str, Any], timed: int) -> dict[str, Any]:
+    """What was timed of some steps, of all."""
+    more = STEPS / timed
+    scaled = {name: float(f"{times[name] * more:.4g}") for name in ("ratio", "low", "high", "a_seconds")}
+    return {**times, **scaled, "steps_timed": timed}
+
+
+if __name__ == "__main__":
+    settle()
+    torch.set_grad_enabled(False)
+    main()
