@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -64,11 +64,13 @@ def latents(pipeline: Pipeline, ahead: int | None) -> Tensor:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_latents_are_those_of_the_plain_path(solver: str, config: DiTConfig, bytes_ahead: int) -> None:
     pipeline = Pipeline(model_of(config), Sampling(solver, 7, guidance=2.0, guidance_interval=(300, 1000)))
-    plain = latents(pipeline, None)
+    plain, ahead = latents(pipeline, None), latents(pipeline, bytes_ahead)
     assert plain.std() > 0.1
-    torch.testing.assert_close(latents(pipeline, bytes_ahead), plain, atol=1e-6, rtol=1e-6)
+    # Products of other numbers of rows round otherwise, and every step builds on the last: relative to all latents.
+    assert (ahead - plain).norm() <= 1e-6 * plain.norm()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=7), st.integers(0, 4), st.sampled_from([1, 3000, 2**20]))
 def test_a_row_is_what_the_model_says_of_its_timestep_and_label(labels: list[int], step: int, limit: int) -> None:
     model, visited, y = model_of(), [999, 700, 444, 3, 0], torch.tensor(labels)
