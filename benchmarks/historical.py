@@ -4,15 +4,17 @@
 
 Every step of the published way takes as long as any other, so some are timed and the rest is reckoned: `a_seconds` is
 of all 250. It computes adaLN in every step. `eager float32` is PyTorch's own products, which leave the vectors of some
-processors unused; `compiled float32` uses them; both are what a speed-up is often quoted against, and neither is what
-slimdit calls its baseline: that is the compiled model in its best float type at 50 DDIM steps. A preset has random
-weights, which no time depends on: what the recipe costs in quality is measured on the bundled model by `slimdit bench`.
+processors unused; `compiled float32` uses them, and `eager TF32` is the same on a GPU's tensor cores. All are what a
+speed-up is often quoted against, and none is what slimdit calls its baseline: that is the compiled model in its best
+float type at 50 DDIM steps. A preset has random weights, which no time depends on: what the recipe costs in quality is
+measured on the bundled model by `slimdit bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,22 +49,37 @@ def main() -> None:
 
 def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model and recipe."""
-    plain = load("bundled") if model == "bundled" else Pipeline(random_model(model))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain = load("bundled").to(device) if model == "bundled" else Pipeline(random_model(model, device))
     guidance = 1.5 if model == "bundled" else 4.0
     published = plain.replace(sampling=Sampling("ddpm", timed, "respaced", guidance=guidance))
+    eager, compiled = (published.replace(runtime=Runtime(compile=compile)) for compile in (False, True))
     with tempfile.TemporaryDirectory() as folder:
-        context = Context(plain, Path(folder))
+        context = Context(plain, Path(folder), device=device)
         baseline = Compile().apply(plain.replace(sampling=Sampling("ddim", 50, guidance=guidance)), context)
-        run(find(recipe), baseline, Context(baseline, Path(folder, "recipe")))
-        ours = load(Path(folder, "recipe"))
-        others = {"eager float32": published.replace(runtime=Runtime()),
-                  "compiled float32": published.replace(runtime=Runtime(compile=True))}
-        rows = [{"a": f"{name}, {STEPS} DDPM steps", **reckoned(compare(
-            lambda other=other: whole(other, images, other.denoise), lambda: whole(ours, images), rounds), timed)}
-            for name, other in others.items()]
+        run(find(recipe), baseline, Context(baseline, Path(folder, "recipe"), device=device))
+        ours = load(Path(folder, "recipe")).to(device)
+        others = {"eager float32": lambda: whole(eager, images, eager.denoise),
+                  **({"eager TF32": in_tf32(lambda: whole(eager, images, eager.denoise))} if device == "cuda" else
+                     {"compiled float32": lambda: whole(compiled, images, compiled.denoise)})}
+        rows = [{"a": f"{name}, {STEPS} DDPM steps",
+                 **reckoned(compare(other, lambda: whole(ours, images), rounds), timed)}
+                for name, other in others.items()]
         best = f"compiled {baseline.runtime.dtype}, 50 DDIM steps"
         rows.append({"a": best, **compare(lambda: whole(baseline, images), lambda: whole(ours, images), rounds)})
     return [{"model": model, "images": images, "b": recipe, **row} for row in rows]
+
+
+def in_tf32(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with float32 products in TF32, as DiT's published script allows them on a GPU."""
+    def wrapped() -> Any:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    return wrapped
 
 
 def reckoned(times: dict[str, Any], timed: int) -> dict[str, Any]:

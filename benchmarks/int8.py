@@ -82,10 +82,11 @@ def pipelines(name: str, device: str, **settings: Any) -> Iterator[tuple[Pipelin
         yield plain, baseline, load(Path(folder) / "int8").to(device)
 
 
-def random_model(name: str) -> DiT:
+def random_model(name: str, device: str = "cpu") -> DiT:
     """A preset with weights of a trained model's size; the paper's initialisation would leave every block silent."""
     torch.manual_seed(0)
-    model = DiT(preset(name)).eval()
+    with torch.device(device):
+        model = DiT(preset(name)).eval()
     for label, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.05 if "adaLN" in label else 0.02)

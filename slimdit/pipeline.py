@@ -17,6 +17,7 @@ from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
+from .models.execution import prepare_for_gpu
 from .models.modulation import Modulations
 from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
@@ -150,13 +151,15 @@ class Pipeline:
     @cached_property
     def denoise(self) -> Denoiser:
         """The model as sampling calls it, executed as `runtime` says."""
-        dtype = DTYPES[self.runtime.dtype]
+        dtype, on_gpu = DTYPES[self.runtime.dtype], self.device.type == "cuda"
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
-        model = copy.deepcopy(self.model, shared) if dtype != self._stored_dtype() else self.model
+        model = copy.deepcopy(self.model, shared) if on_gpu or dtype != self._stored_dtype() else self.model
         model = model.to(dtype).eval()
+        if on_gpu:
+            prepare_for_gpu(model, self.device, graphs=self.runtime.compile)
         form = self.runtime.attention_form(model.config.tokens, self.device)
-        return Denoiser(model, torch.compile(model, dynamic=False) if self.runtime.compile else model, dtype, form)
+        return Denoiser(model, compiled(model, self.device) if self.runtime.compile else model, dtype, form)
 
     @property
     def device(self) -> torch.device:
@@ -217,7 +220,13 @@ class Denoiser:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
         """As `DiT.forward`."""
         self.model.use_attention(self.form)  # another pipeline may share the model and execute it otherwise
-        return self.forward(x.to(self.dtype), t, y, modulations).float()
+        # Always a copy: a CUDA graph writes its next answer where it wrote this one.
+        return self.forward(x.to(self.dtype), t, y, modulations).to(torch.float32, copy=True)
+
+
+def compiled(model: DiT, device: torch.device) -> Callable[..., Tensor]:
+    """The model compiled for the shapes it is first called with; on a GPU its kernels become one CUDA graph."""
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

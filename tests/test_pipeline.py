@@ -144,6 +144,15 @@ def test_a_compiled_model_sees_one_batch_size_only(monkeypatch):
     assert {len(labels) for labels in calls} == {4}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_graphs_keep_every_answer_apart(dtype):
+    pipeline = build()
+    plain, runtime = pipeline.sample(range(8), batch=4), Runtime(dtype, compile=True)
+    again = pipeline.replace(runtime=runtime).to("cuda").sample(range(8), batch=4)
+    assert levels_apart(again, plain).mean() < (0.1 if dtype == "float32" else 2)
+
+
 def test_auto_attention_is_explicit_where_that_was_faster():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert Runtime().attention_form(64, cpu) == "fused"

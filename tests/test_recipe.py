@@ -143,7 +143,8 @@ def test_to_toml_spells_defaults_out():
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_shipped_recipes_are_named_as_their_file_described_and_pass_on_a_twin(name):
+def test_shipped_recipes_are_named_as_their_file_described_and_pass_on_a_twin(name, monkeypatch):
+    monkeypatch.setattr("slimdit.methods.quantize.require_float8", lambda context: None)  # as where they are for
     recipe = find(name)
     assert recipe.name == name and recipe.model == "bundled" and recipe.description
     assert set(recipe.controls) <= set(shipped())

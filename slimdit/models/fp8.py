@@ -1,7 +1,8 @@
 """Linear layers of 8-bit floats that also round their input, row by row, and multiply 8-bit floats.
 
 float8_e4m3fn with a float32 scale per output channel and per token ("FP8 Formats for Deep Learning", arXiv 2209.05433).
-Nothing here has been measured yet: it needs a GPU with 8-bit float products, compute capability 8.9 or newer.
+It needs a GPU with 8-bit float products, compute capability 8.9 or newer; what it gains there, and from which size on,
+`benchmarks/gpu.py` measures.
 """
 
 from __future__ import annotations
@@ -45,16 +46,25 @@ class Fp8Dynamic(PackedLinear):
         packed.scale = scale[:, 0]
         return packed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        tokens, token_scale = float8_rows(x.reshape(-1, self.in_features))
+    def forward(self, x: Tensor, largest: Tensor | None = None) -> Tensor:
+        """(..., in_features) to (..., out_features).
+
+        Args:
+            largest: (..., 1), what no number of a row exceeds in size, where that is known without looking at them.
+        """
+        rows = x.reshape(-1, self.in_features)
+        tokens, step = float8_rows(rows, None if largest is None else largest.reshape(-1, 1))
+        bias = self.bias
         if multiplies_float8(tokens, self.weight):
-            product = torch._scaled_mm(tokens, self.weight.t(), scale_a=token_scale, scale_b=self.scale[None],
-                                       out_dtype=torch.bfloat16)
+            # A product adds a bias of its own type at no cost. Fast accumulation keeps some bits fewer than float32 of
+            # a sum, which does not show beside the rounding to 8 bits, and is what makes the product fast.
+            inside, bias = (bias, None) if x.dtype == torch.bfloat16 else (None, bias)
+            product = torch._scaled_mm(tokens, self.weight.t(), scale_a=step, scale_b=self.scale[None], bias=inside,
+                                       out_dtype=torch.bfloat16, use_fast_accum=True)
         else:
-            product = (tokens.float() * token_scale) @ self.dequantize().t()
-        if self.bias is not None:
-            product = product + self.bias
+            product = (tokens.float() * step) @ self.dequantize().t()
+        if bias is not None:
+            product = product + bias
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
@@ -62,10 +72,16 @@ class Fp8Dynamic(PackedLinear):
         return self.weight.float() * self.scale[:, None]
 
 
-def float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row rounded to float8 under its own scale: (n, d) to float8 (n, d) and float32 (n, 1)."""
-    scale = (rows.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=TINY)
-    return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+def float8_rows(rows: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row rounded to float8 under its own scale: (n, d) to float8 (n, d) and float32 (n, 1).
+
+    Args:
+        largest: (n, 1), bounds of the rows' sizes; a loose one costs little, as these floats have exponents.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True) if largest is None else largest
+    scale = (largest.float() / LARGEST).clamp(min=TINY)
+    # One division a row, not one a number; the clamp is for the rounding of that reciprocal.
+    return (rows.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def multiplies_float8(a: Tensor, b: Tensor) -> bool:

@@ -1,0 +1,173 @@
+"""What a GPU executes in the place of a model's layers, where that is faster and means the same.
+
+A copy of the model is changed, never what is saved: layers that a GPU multiplies no faster in 8 bits become float ones,
+2:4 sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input. Which layers gain was
+measured by `benchmarks/gpu.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .feedforward import MLP
+from .fp8 import Fp8Dynamic
+from .linear import Int8Dynamic, set_linear
+from .packed import PackedLinear
+
+LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
+HOPPER = (9, 0)  # its int8 products are those of the generation before, slower than bfloat16's
+TRIED_ROWS = 8192  # tokens that a sparse layer is tried on
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def prepare_for_gpu(model: nn.Module, device: torch.device, *, graphs: bool) -> None:
+    """Change a copy of a model, in place, to what a GPU runs fastest.
+
+    Args:
+        model: in the type and on the device it is run in.
+        graphs: whether its calls become CUDA graphs.
+    """
+    run_as_floats(model, slow_packed(model, torch.cuda.get_device_capability(device)))
+    bound_hidden_units(model)
+    if graphs and torch.backends.cusparselt.is_available():
+        run_sparse(model)
+
+
+def slow_packed(model: nn.Module, capability: tuple[int, int]) -> list[str]:
+    """Names of the packed layers that round their inputs for a product that is not faster on such a GPU."""
+    return [name for name, layer in model.named_modules() if not gains(layer, capability)]
+
+
+def gains(layer: nn.Module, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of that compute capability should run a layer as it is.
+
+    Other GPUs' int8 products have not been measured, and are used.
+    """
+    if isinstance(layer, Fp8Dynamic):
+        return layer.in_features * layer.out_features >= LEAST_WEIGHTS
+    return not (isinstance(layer, Int8Dynamic) and capability == HOPPER)
+
+
+@torch.no_grad()
+def run_as_floats(model: nn.Module, names: list[str]) -> None:
+    """Put float layers, of the type of the model's biases, in the place of packed ones."""
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    for name in names:
+        set_linear(model, name, as_float(model.get_submodule(name), dtype))
+
+
+def as_float(packed: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """The float layer that computes with the weights a packed one means."""
+    assert isinstance(packed, PackedLinear)
+    weight, bias = packed.dequantize(), packed.bias
+    layer = nn.Linear(packed.in_features, packed.out_features, bias is not None, weight.device, dtype)
+    layer.weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
+
+
+@torch.no_grad()
+def bound_hidden_units(model: nn.Module) -> None:
+    """Tell the MLPs whose second layer rounds to float8 how far their hidden units can reach."""
+    for mlp in model.modules():
+        if isinstance(mlp, MLP) and isinstance(mlp.fc2, Fp8Dynamic):
+            weight = mlp.fc1.dequantize() if isinstance(mlp.fc1, PackedLinear) else mlp.fc1.weight.float()
+            bias = weight.new_zeros(1) if mlp.fc1.bias is None else mlp.fc1.bias.float()
+            mlp.reach = torch.stack([weight.norm(dim=1).amax(), bias.abs().amax()])
+
+
+class SparseLinear(nn.Module):
+    """A 2:4 sparse float layer run by a GPU's sparse tensor cores ("Accelerating Sparse Deep Neural Networks",
+    arXiv 2104.08378), by way of cuSPARSELt.
+
+    Args:
+        algorithm: which of cuSPARSELt's; which is fast depends on the shape.
+    """
+
+    compressed: Tensor
+
+    def __init__(self, linear: nn.Linear, algorithm: int = 0) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.register_buffer("compressed", torch._cslt_compress(linear.weight))
+        self.algorithm = algorithm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        rows = x.reshape(-1, self.in_features)
+        product = torch._cslt_sparse_mm(self.compressed, rows.t(), self.bias, transpose_result=True,
+                                        alg_id=self.algorithm)
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+@torch.no_grad()
+def run_sparse(model: nn.Module) -> list[str]:
+    """Run the 2:4 sparse layers sparse, where that is measured to be faster here; their names.
+
+    For models whose calls become CUDA graphs: what a sparse product costs the processor is not counted.
+    """
+    tried: dict[tuple[Any, ...], int | None] = {}
+    sparse = []
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and is_two_of_four(layer.weight):
+            shape = (layer.in_features, layer.out_features, layer.bias is None, layer.weight.dtype)
+            if shape not in tried:
+                tried[shape] = faster_algorithm(layer)
+            if (algorithm := tried[shape]) is not None:
+                set_linear(model, name, SparseLinear(layer, algorithm))
+                sparse.append(name)
+    return sparse
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether at most two of every four neighbours in a row are not zero, in a shape and type that GPUs take."""
+    rows, columns = weight.shape
+    fits = weight.dtype in HALVES and rows % 32 == 0 and columns % 32 == 0
+    return fits and int((weight.view(-1, 4) != 0).sum(1).amax()) <= 2
+
+
+def faster_algorithm(linear: nn.Linear) -> int | None:
+    """The algorithm by which a layer's sparse product is faster than its dense one, or None where none is."""
+    x = torch.randn(TRIED_ROWS, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    sparse = quickest(SparseLinear(linear), x)
+    faster = kernel_seconds(partial(sparse, x)) < kernel_seconds(partial(linear, x))
+    return sparse.algorithm if faster else None
+
+
+def quickest(sparse: SparseLinear, x: Tensor) -> SparseLinear:
+    """The layer with the algorithm that is quickest for rows (n, in_features)."""
+    sparse.algorithm = int(torch._cslt_sparse_mm_search(sparse.compressed, x.t(), sparse.bias, transpose_result=True))
+    return sparse
+
+
+def kernel_seconds(call: Callable[[], Any], repeats: int = 10, rounds: int = 9) -> float:
+    """What a call costs the GPU alone: the median of its CUDA graph's replays."""
+    graph, times = captured(call, repeats), []
+    for _ in range(1 + rounds):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return sorted(times[1:])[rounds // 2] / repeats / 1000
+
+
+def captured(call: Callable[[], Any], repeats: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        call()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph
