@@ -57,7 +57,8 @@ def features(images: int, width: int = inception.POOL) -> np.ndarray:
 
 def of_inception(count: int) -> Iterator[Way]:
     network = inception.InceptionV3().eval().requires_grad_(False)
-    ours = Extractor("inception", "random weights", network, dither=0, device="cpu")
+    ours = Extractor("inception", "random weights", network, weights="random", dither=0, resize="as TensorFlow 1",
+                     device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         torch.save(network.state_dict(), Path(folder, "inception.pth"))
         theirs = load("feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
@@ -176,7 +177,7 @@ def streamed(path: Path) -> int:
     def grid(images: torch.Tensor) -> tuple[torch.Tensor]:
         return (nn.functional.adaptive_avg_pool2d(images, 18).flatten(1),)
 
-    network = Extractor("grid", "means on a grid", grid, dither=0, device="cpu")
+    network = Extractor("grid", "means on a grid", grid, weights="none", dither=0, resize="none", device="cpu")
     running = RunningStatistics()
     blocks = network.stream(sample_blocks(path, 64))
     running.add(next(blocks).pool)  # what is imported and reserved on first use
