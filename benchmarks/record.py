@@ -41,8 +41,9 @@ def table(document: dict[str, Any]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
     where = document["provenance"]
-    source = (f"`{where['command']}`, {where['date'][:10]}, torch {where['versions']['torch']}, {where['cpu']}, "
-              f"{where['threads']} threads, commit {where['commit'][:7]}")
+    source = (f"`{where['command']}`, {where['date'][:10]}, torch {where['versions']['torch']}, "
+              f"{where['gpu'] or where['cpu']}, {where['threads']} threads, "
+              f"commit {where['commit'][:7]}{' and changes' if where['dirty'] else ''}")
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", source])
 
 

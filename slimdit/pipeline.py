@@ -17,7 +17,7 @@ from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
-from .models.execution import prepare_for_gpu
+from .models.execution import Graphed, prepare_for_gpu
 from .models.modulation import Modulations
 from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
@@ -157,7 +157,7 @@ class Pipeline:
         model = copy.deepcopy(self.model, shared) if on_gpu or dtype != self._stored_dtype() else self.model
         model = model.to(dtype).eval()
         if on_gpu:
-            prepare_for_gpu(model, self.device, graphs=self.runtime.compile)
+            prepare_for_gpu(model, self.device)
         form = self.runtime.attention_form(model.config.tokens, self.device)
         return Denoiser(model, compiled(model, self.device) if self.runtime.compile else model, dtype, form)
 
@@ -225,8 +225,8 @@ class Denoiser:
 
 
 def compiled(model: DiT, device: torch.device) -> Callable[..., Tensor]:
-    """The model compiled for the shapes it is first called with; on a GPU its kernels become one CUDA graph."""
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+    """The model compiled for the shapes it is first called with."""
+    return Graphed(model) if device.type == "cuda" else torch.compile(model, dynamic=False)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

