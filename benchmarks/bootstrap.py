@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from slimdit.metrics import quality
+from slimdit.metrics import balls, quality
 from slimdit.metrics.intervals import Resampled, bootstrap, bootstrap_difference, mean_of
 
 from .result import settle, show
@@ -39,11 +39,11 @@ def measure(n: int, width: int, resamples: int) -> list[dict[str, Any]]:
     scale = np.exp(-np.linspace(0, 4, width))  # networks' features vary far more in some directions than in others
     real, images, others = (random.normal(shift, 1, (n, width)) * scale for shift in (0, 0.02, 0.03))
     logits, labels = random.normal(0, 2, (n, CLASSES)), random.integers(0, 10, n)
-    statistics, among, reach = quality.Statistics.of(real), quality.mean_kernel(real), quality.radii(real, 3)
+    statistics, among, reach = quality.Statistics.of(real), quality.mean_kernel(real), balls.radii(real, 3)
     metrics: dict[str, Callable[[np.ndarray], Resampled]] = {
         "frechet": lambda x: quality.frechet_of(x, statistics),
         "kid": lambda x: quality.kid_of(x, real, among),
-        "precision": lambda x: mean_of(quality.inside(x, real, reach)),
+        "precision": lambda x: mean_of(balls.inside(x, real, reach)),
         "recall": lambda x: quality.recall_of(x, real),
         "inception_score": lambda x: quality.inception_score_of(logits),
         "class_accuracy": lambda x: mean_of(quality.class_accuracy(x, labels, real, labels)),

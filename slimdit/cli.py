@@ -438,9 +438,7 @@ def _load(source: str, device: str | None, dtype: str | None, weights: str, head
     if compile_model:
         changes["compile"] = True
     wanted = {name: value for name, value in sampling.items() if value is not None}
-    if {"steps", "spacing"} & wanted.keys():
-        wanted["timesteps"] = None  # chosen one by one, they belong to another number of steps
-    return pipeline.replace(runtime=replace(pipeline.runtime, **changes), sampling=replace(pipeline.sampling, **wanted))
+    return pipeline.replace(runtime=replace(pipeline.runtime, **changes), sampling=pipeline.sampling.revised(**wanted))
 
 
 def _device(name: str | None) -> str:

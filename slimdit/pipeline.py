@@ -19,6 +19,7 @@ from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
 from .models.execution import Graphed, prepare_for_gpu
 from .models.modulation import Modulations
+from .sampling.caching import Evaluator
 from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
 from .sampling.solvers import Sampling, solve, timesteps
@@ -144,9 +145,18 @@ class Pipeline:
         config, guided = self.model.config, self.sampling.guidance != 1
         occurring = torch.cat([labels, labels.new_tensor([config.classes])]) if guided else labels
         ahead = Modulations(self.denoise.model, timesteps(self.process, self.sampling), occurring)
-        return solve(lambda x, t, y: self.denoise(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
-                     null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device,
-                     progress=ahead.seek)
+        evaluator = self.evaluator()
+
+        def seek(step: int) -> None:
+            ahead.seek(step)
+            evaluator.seek(step)
+
+        return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
+                     null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
+
+    def evaluator(self) -> Evaluator:
+        """The model as a new sampling run calls it."""
+        return Evaluator(self.denoise, self.process, self.sampling)
 
     @cached_property
     def denoise(self) -> Denoiser:
@@ -159,7 +169,7 @@ class Pipeline:
         if on_gpu:
             prepare_for_gpu(model, self.device)
         form = self.runtime.attention_form(model.config.tokens, self.device)
-        return Denoiser(model, compiled(model, self.device) if self.runtime.compile else model, dtype, form)
+        return Denoiser(model, dtype, form, self.runtime.compile)
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +199,7 @@ class Pipeline:
         """A hash of everything that decides the images but the autoencoder: weights, structure, settings."""
         config = self.model.config.to_dict()
         digest = sha256(repr((config, self.sampling, self.process, self.runtime)).encode())
+        digest.update(repr(self.sampling.cache).encode() if self.sampling.cache else b"")
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -208,25 +219,45 @@ class Denoiser:
 
     Attributes:
         model: in the type it computes in.
-        forward: the model itself, or compiled.
         form: of softmax attention.
+        compile: whether its functions are compiled for the batch that they are first called with.
     """
 
     model: DiT
-    forward: Callable[..., Tensor]
     dtype: torch.dtype
     form: AttentionForm
+    compile: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
         """As `DiT.forward`."""
+        return self._float(self._executed("forward", x, t, y, modulations))
+
+    def with_change(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `DiT.with_change`; the change stays in the type that the model computes in."""
+        output, change = self._executed("with_change", x, t, y, modulations)
+        return self._float(output), change.clone()
+
+    def without_blocks(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None, change: Tensor) -> Tensor:
+        """As `DiT.without_blocks`."""
+        return self._float(self._executed("without_blocks", x, t, y, modulations, change))
+
+    def _executed(self, function: str, x: Tensor, *others: Any) -> Any:
         self.model.use_attention(self.form)  # another pipeline may share the model and execute it otherwise
-        # Always a copy: a CUDA graph writes its next answer where it wrote this one.
-        return self.forward(x.to(self.dtype), t, y, modulations).to(torch.float32, copy=True)
+        return self._functions[function](x.to(self.dtype), *others)
 
+    @cached_property
+    def _functions(self) -> Mapping[str, Callable[..., Any]]:
+        names = ("forward", "with_change", "without_blocks")
+        return {name: self._compiled(name) if self.compile else getattr(self.model, name) for name in names}
 
-def compiled(model: DiT, device: torch.device) -> Callable[..., Tensor]:
-    """The model compiled for the shapes it is first called with."""
-    return Graphed(model) if device.type == "cuda" else torch.compile(model, dynamic=False)
+    def _compiled(self, function: str) -> Callable[..., Any]:
+        if self.model.pos_embed.device.type == "cuda":
+            return Graphed(self.model, function)
+        return torch.compile(getattr(self.model, function), dynamic=False)
+
+    def _float(self, output: Tensor) -> Tensor:
+        # Always a copy, as of the change: a CUDA graph writes its next answer where it wrote this one.
+        return output.to(torch.float32, copy=True)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

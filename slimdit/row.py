@@ -128,7 +128,7 @@ def baseline_pipeline(row: Row) -> Pipeline:
     pipeline = load(row.model).to(row.device)
     wanted = {name: value for name, value in asdict(row.protocol.sampling).items() if value is not None}
     runtime = row.protocol.runtime
-    pipeline = pipeline.replace(sampling=replace(pipeline.sampling, **wanted))
+    pipeline = pipeline.replace(sampling=replace(pipeline.sampling.revised(**wanted), cache=None))
     context = Context(teacher=pipeline, folder=row.home, device=row.device, seed=row.seed)
     chosen = Compile(dtype=runtime.dtype, attention=runtime.attention).apply(pipeline, context)
     return chosen.replace(runtime=replace(chosen.runtime, compile=runtime.compile))

@@ -96,7 +96,7 @@ def test_blocks_change_nothing(monkeypatch):
     x, y = gaussian(30), gaussian(25, shift=1)
     labels, classes = random.integers(0, 3, 30), random.integers(0, 3, 25)
     before = (quality.kid(x, y), quality.precision_recall(x, y), list(quality.class_accuracy(x, labels, y, classes)))
-    monkeypatch.setattr(quality, "ROWS", 7)
+    monkeypatch.setattr("slimdit.metrics.balls.ROWS", 7)
     after = (quality.kid(x, y), quality.precision_recall(x, y), list(quality.class_accuracy(x, labels, y, classes)))
     assert after[0] == pytest.approx(before[0], rel=1e-9)
     assert after[1:] == before[1:]

@@ -3,7 +3,8 @@
 int8 weights are symmetric per output channel, activations per token as they come ("LLM.int8()", arXiv 2208.07339):
 activations change their range along the timesteps, so no range is fixed beforehand (Q-DiT, arXiv 2406.17343, section
 3). int4 weights have a scale and a zero per group and are multiplied as floats. fp8 is for GPUs that multiply it;
-layers too narrow to gain by it run in the runtime's precision. Where a choice needs inputs (GPTQ, SmoothQuant), they are those of the pipeline's own sampling runs.
+layers too narrow to gain by it run in the runtime's precision. Where a choice needs inputs (GPTQ, SmoothQuant), they
+are those of the pipeline's own sampling runs.
 """
 
 from __future__ import annotations

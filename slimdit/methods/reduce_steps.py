@@ -7,7 +7,7 @@ A second-order solver at 10 to 20 timesteps does what the original sampler does 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..context import Context, require
@@ -59,6 +59,8 @@ class ReduceSteps:
         """Change how the pipeline samples."""
         from ..sampling.solvers import evaluations
 
+        require(pipeline.sampling.cache is None, "reduce_steps would set aside the cache, which was chosen for the "
+                                                 "steps as they are: put reduce_steps before cache_blocks")
         sampling = self.sampling(pipeline.sampling)
         before, after = (evaluations(pipeline.process, one) for one in (pipeline.sampling, sampling))
         require(after < before or sampling == pipeline.sampling or (self.search and after == before),
@@ -84,9 +86,7 @@ class ReduceSteps:
 
     def sampling(self, before: Sampling) -> Sampling:
         """The settings with this method's changes."""
-        # Timesteps chosen one by one belong to their number of steps: another number or spacing sets them aside.
-        stays = self.steps == before.steps and self.spacing is None
-        return replace(before, **{"timesteps": before.timesteps if stays else None, **self.named()})
+        return before.revised(**self.named())
 
     def named(self) -> dict[str, Any]:
         """The options that sampling has, as far as they were given."""

@@ -18,6 +18,7 @@ import numpy as np
 from ..strict import require
 from . import METRICS, paired, quality
 from .adm import read_samples, read_statistics
+from .balls import inside
 from .features import Extractor, Features, Reference, bundled_reference
 from .intervals import (
     RESAMPLES,
@@ -70,7 +71,7 @@ def over_resamples(features: Features, labels: np.ndarray | None, reference: Ref
         found["inception_score"] = quality.inception_score_of(features.logits)
     if reference.pool is not None and reference.radii is not None:
         found[metric_name("kid", network)] = quality.kid_of(pool, reference.pool, reference.mean_kernel)
-        among = quality.inside(pool, reference.pool, reference.radii)
+        among = inside(pool, reference.pool, reference.radii)
         found[metric_name("precision", network)] = mean_of(among)
         found[metric_name("recall", network)] = quality.recall_of(pool, reference.pool)
     if labels is not None and reference.pool is not None and reference.labels is not None \

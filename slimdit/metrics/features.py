@@ -16,7 +16,8 @@ from torch import Tensor
 from ..sampling.seeds import seeded
 from ..shards import Shards
 from . import inception, lite0
-from .quality import Statistics, mean_kernel, radii
+from .balls import radii
+from .quality import Statistics, mean_kernel
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DITHER = 8.0  # standard deviation, of 255: see `dithered`

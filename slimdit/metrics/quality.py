@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from scipy.linalg import eigvalsh
 
 from ..sampling.seeds import seeded
+from .balls import blocks, inside, inside_each_other, neighbours, radii, squared_distances
 
 Resampled = Callable[[np.ndarray], np.ndarray]
 """How often each image is drawn, (resamples, n), to the metric of every resample, (resamples,)."""
 
 SCORED = 5000  # images per part of the inception score
-ROWS = 1024  # images per block of a distance matrix: 1024 x 50,000 doubles are 400 MB
+GATHERED = 1024  # images whose products are summed at once: of few, adding up matrices takes longer than making them
 NEIGHBOURS = 64  # of an image that a resample's recall looks at
 TINY = np.finfo(np.float64).tiny
-WIDE = 1024  # features from which on the covariances of resamples are taken in float32
+WIDE = 1024  # features from which on products that are averaged over many pairs or resamples are taken in float32
 NOT_FINITE = "a feature is not finite: look at the images, or at the feature network's weights"
 
 
@@ -73,6 +74,7 @@ class RunningStatistics:
 
     def __init__(self) -> None:
         self.n = 0
+        self._waiting: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
         """Count in the features of some more images, (n, d).
@@ -88,8 +90,16 @@ class RunningStatistics:
             self._sum, self._products = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
         x -= self._origin
         self._sum += x.sum(0)
-        self._products += x.T @ x
         self.n += len(x)
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= GATHERED:
+            self._gather()
+
+    def _gather(self) -> None:
+        if self._waiting:
+            x = np.concatenate(self._waiting)
+            self._products += x.T @ x
+            self._waiting = []
 
     def statistics(self) -> Statistics:
         """Of all features so far.
@@ -99,6 +109,7 @@ class RunningStatistics:
         """
         if self.n < 2:
             raise ValueError(f"features of {self.n} images have no covariance: give 2 or more images")
+        self._gather()
         mean = self._sum / self.n
         sigma = (self._products - self.n * np.outer(mean, mean)) / (self.n - 1)
         return Statistics(self._origin + mean, sigma, self.n)
@@ -118,7 +129,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
         raise ValueError(f"features of {a.mu.size} and {b.mu.size} numbers cannot be compared: use one feature network")
     few, many = sorted((a, b), key=lambda statistics: statistics.n or math.inf)
     half = half_of(few)
-    cross = np.sqrt(np.linalg.eigvalsh(half.T @ many.sigma @ half).clip(min=0)).sum()
+    cross = np.sqrt(eigvalsh(half.T @ many.sigma @ half, check_finite=False).clip(min=0)).sum()
     return float(((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
 
 
@@ -164,8 +175,8 @@ def cross(rooted: np.ndarray, weights: np.ndarray, drawn: np.ndarray) -> float:
     n, counts, rows = weights.sum(), weights[drawn].astype(rooted.dtype), rooted[drawn]
     scaled = (rows - counts @ rows / counts.sum()) * np.sqrt(counts / (n - 1))[:, None]
     rank = min(len(drawn) - 1, rooted.shape[1])  # the eigenvalues beyond are rounding, which a root would magnify
-    values = torch.linalg.eigvalsh(torch.from_numpy(scaled.T @ scaled)).double()
-    return float(values[len(values) - rank:].clamp(min=0).sqrt().sum())
+    values = eigvalsh(scaled.T @ scaled, overwrite_a=True, check_finite=False)
+    return float(np.sqrt(values[len(values) - rank:].clip(min=0)).sum(dtype=np.float64))
 
 
 def kid(features: np.ndarray, reference: np.ndarray) -> float:
@@ -173,7 +184,8 @@ def kid(features: np.ndarray, reference: np.ndarray) -> float:
 
     Over all pairs of images rather than over subsets, which has the same mean and the least variance.
     """
-    return float(kid_of(features, reference)(np.ones((1, len(features))))[0])
+    between = sum(total(kernel(*pair)) for pair in pairs_of_blocks(features, reference))
+    return mean_kernel(features) + mean_kernel(reference) - 2 * between / (len(features) * len(reference))
 
 
 def kid_of(features: np.ndarray, reference: np.ndarray, among_reference: float | None = None) -> Resampled:
@@ -202,14 +214,39 @@ def kid_of(features: np.ndarray, reference: np.ndarray, among_reference: float |
 
 def mean_kernel(features: np.ndarray) -> float:
     """KID's kernel, averaged over all pairs of different images of a set."""
-    y, n = features.astype(np.float64), len(features)
-    return float((sum(kernel(rows, y).sum() for rows in blocks(y)) - own_kernel(y).sum()) / (n * (n - 1)))
+    y, n = averaged(features), len(features)
+    among = 0.0
+    start = 0
+    for rows in blocks(y):
+        start += len(rows)
+        among += total(kernel(rows, rows)) + 2 * total(kernel(rows, y[start:]))  # the kernel is symmetric
+    return float((among - own_kernel(features.astype(np.float64)).sum()) / (n * (n - 1)))
+
+
+def averaged(features: np.ndarray) -> np.ndarray:
+    """Features in the type that products averaged over many pairs are taken in."""
+    return features.astype(np.float32 if features.shape[1] >= WIDE else np.float64)
+
+
+def pairs_of_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of x, each with all of y, as `averaged`."""
+    x, y = averaged(x), averaged(y)
+    return ((rows, y) for rows in blocks(x))
+
+
+def total(values: np.ndarray) -> float:
+    """The sum, in float64."""
+    return float(values.sum(dtype=np.float64))
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """KID's polynomial kernel of all pairs, (n, m)."""
-    linear = x @ y.T / x.shape[1] + 1
-    return linear * linear * linear  # numpy's power is many times slower
+    linear = x @ y.T
+    linear /= x.shape[1]
+    linear += 1
+    cube = linear * linear  # numpy's power is many times slower
+    cube *= linear
+    return cube
 
 
 def own_kernel(x: np.ndarray) -> np.ndarray:
@@ -267,18 +304,6 @@ def recall_of(features: np.ndarray, reference: np.ndarray, k: int = 3) -> Resamp
     return resampled
 
 
-def neighbours(points: np.ndarray, members: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest members of every point, nearest first: their places and squared distances, (len(points), count)."""
-    found = []
-    for rows in blocks(points):
-        distances = squared_distances(rows, members)
-        places = np.argpartition(distances, count - 1, axis=1)[:, :count]
-        near = np.take_along_axis(distances, places, 1)
-        order = near.argsort(1, kind="stable")
-        found.append((np.take_along_axis(places, order, 1), np.take_along_axis(near, order, 1)))
-    return np.concatenate([places for places, _ in found]), np.concatenate([near for _, near in found])
-
-
 def holding(points: np.ndarray, members: np.ndarray, squared_radii: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The members whose balls come nearest to holding every point: places and squared distances, `NEIGHBOURS` each."""
     count, found = min(NEIGHBOURS, len(members)), []
@@ -291,26 +316,8 @@ def holding(points: np.ndarray, members: np.ndarray, squared_radii: np.ndarray) 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Precision and recall as shares, 0..1."""
-    return float(precision(features, reference, k).mean()), float(recall(features, reference, k).mean())
-
-
-def inside(points: np.ndarray, members: np.ndarray, squared_radii: np.ndarray) -> np.ndarray:
-    """Whether each point lies in the ball of any member, (len(points),) bool."""
-    return np.concatenate([(squared_distances(rows, members) <= squared_radii).any(1) for rows in blocks(points)])
-
-
-def radii(members: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance of every member to its k-th nearest other member."""
-    if len(members) <= k:
-        raise ValueError(f"{len(members)} images have no {k}-th neighbour: give more than {k}")
-    # The nearest is the member itself, at 0.
-    return np.concatenate([np.partition(squared_distances(rows, members), k, axis=1)[:, k] for rows in blocks(members)])
-
-
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances of all pairs, (n, m)."""
-    x, y = x.astype(np.float64, copy=False), y.astype(np.float64, copy=False)
-    return ((x ** 2).sum(1)[:, None] + (y ** 2).sum(1) - 2 * x @ y.T).clip(min=0)
+    among, held = inside_each_other(features, reference, radii(features, k), radii(reference, k))
+    return float(among.mean()), float(held.mean())
 
 
 def inception_score(logits: np.ndarray, *, splits: int | None = None, shuffle: bool = True,
@@ -326,7 +333,7 @@ def inception_score(logits: np.ndarray, *, splits: int | None = None, shuffle: b
     Returns:
         The mean over splits and their standard deviation.
     """
-    scores = [score_of(logits[part])(np.ones((1, len(part))))[0]
+    scores = [score_of(whole_or(logits, part))(np.ones((1, len(part))))[0]
               for part in score_parts(len(logits), splits, shuffle, seed)]
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -341,20 +348,27 @@ def inception_score_of(logits: np.ndarray) -> Resampled:
 def score_parts(n: int, splits: int | None = None, shuffle: bool = True, seed: int = 0) -> list[np.ndarray]:
     """The places of the images in each part of the inception score."""
     random = np.random.default_rng(seeded(seed, "inception score").initial_seed())
-    order = random.permutation(n) if shuffle else np.arange(n)
-    return np.array_split(order, splits or max(1, n // SCORED))
+    parts = splits or max(1, n // SCORED)
+    order = random.permutation(n) if shuffle and parts > 1 else np.arange(n)
+    return np.array_split(order, parts)
+
+
+def whole_or(logits: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """The rows of a part, without copying them where it is all of them in order."""
+    return logits if len(part) == len(logits) else logits[part]
 
 
 def score_of(logits: np.ndarray) -> Resampled:
     """The inception score of one part, over resamples of its images."""
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    p = np.exp(log_p)
-    negative_entropy = (p * log_p).sum(1)
+    shifted = logits.astype(np.float64)
+    shifted -= logits.max(1, keepdims=True).astype(np.float64)
+    raised = np.exp(shifted)
+    sums = raised @ np.ones(logits.shape[1])  # p = raised / sums, which is never written out
+    negative_entropy = np.einsum("nc,nc->n", raised, shifted) / sums - np.log(sums)
 
     def resampled(weights: np.ndarray) -> np.ndarray:
         shares = weights / weights.sum(1, keepdims=True)
-        marginal = shares @ p
+        marginal = (shares / sums) @ raised
         log_marginal = np.log(marginal.clip(min=np.finfo(np.float64).tiny))
         return np.exp(shares @ negative_entropy - (marginal * log_marginal).sum(1))
 
@@ -388,8 +402,3 @@ def class_accuracy(features: np.ndarray, labels: np.ndarray, reference: np.ndarr
         np.add.at(votes, (np.arange(len(rows))[:, None], reference_labels[nearest]), worth)
         predicted.append(votes.argmax(1))
     return np.concatenate(predicted) == labels
-
-
-def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
-    """`x` in parts of at most `ROWS` rows."""
-    return (x[start:start + ROWS] for start in range(0, len(x), ROWS))

@@ -7,7 +7,7 @@ file first: `DiTConfig` says everything about a model's structure, and `DiT(conf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -271,14 +271,35 @@ class DiT(nn.Module):
         Returns:
             (batch, out_channels, height, width).
         """
-        tokens = self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
-        if modulations is None:
-            *of_blocks, of_final = self._modulations(t, y)
-        else:
-            *of_blocks, of_final = modulations.split(self.modulation_sizes, dim=-1)
-        for block, modulation in zip(self.blocks, of_blocks, strict=True):
+        *of_blocks, of_final = self._split(t, y, modulations)
+        return self._image(self._through_blocks(self._tokens(x), of_blocks, t, y), of_final)
+
+    def with_change(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, and what all blocks together changed: (batch, tokens, width)."""
+        *of_blocks, of_final = self._split(t, y, modulations)
+        before = self._tokens(x)
+        after = self._through_blocks(before, of_blocks, t, y)
+        return self._image(after, of_final), after - before
+
+    def without_blocks(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None, change: Tensor) -> Tensor:
+        """As `forward`, with a change given in the place of what the blocks would change."""
+        *_, of_final = self._split(t, y, modulations)
+        return self._image(self._tokens(x) + change, of_final)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return self.x_embedder(x) + self.pos_embed  # (batch, tokens, width)
+
+    def _through_blocks(self, tokens: Tensor, modulations: Sequence[Tensor], t: Tensor, y: Tensor) -> Tensor:
+        for block, modulation in zip(self.blocks, modulations, strict=True):
             tokens = block(tokens, modulation, t, y == self.config.classes)
-        return unpatchify(self.final_layer(tokens, of_final), self.config)
+        return tokens
+
+    def _image(self, tokens: Tensor, modulation: Tensor) -> Tensor:
+        return unpatchify(self.final_layer(tokens, modulation), self.config)
+
+    def _split(self, t: Tensor, y: Tensor, modulations: Tensor | None) -> Sequence[Tensor]:
+        """The modulations of each block, and of the final layer."""
+        return self._modulations(t, y) if modulations is None else modulations.split(self.modulation_sizes, dim=-1)
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """adaLN's shifts, scales and gates of all blocks and the final layer, which no token has a part in.

@@ -101,22 +101,22 @@ class SparseLinear(nn.Module):
 
 
 class Graphed:
-    """A model whose kernels are launched as one CUDA graph.
+    """A function of a model whose kernels are launched as one CUDA graph.
 
     It is compiled at its first call: how many tokens there are then decides which 2:4 layers gain by running sparse.
     """
 
-    def __init__(self, model: DiT) -> None:
-        self.model = model
-        self.forward: Callable[..., Tensor] | None = None
+    def __init__(self, model: DiT, function: str) -> None:
+        self.model, self.function = model, function
+        self.compiled: Callable[..., Any] | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
-        """As the model's `forward`; the answer is overwritten by the next one."""
-        if self.forward is None:
+    def __call__(self, x: Tensor, *others: Any) -> Any:
+        """As the model's function; the answer is overwritten by the next one."""
+        if self.compiled is None:
             if torch.backends.cusparselt.is_available():
                 run_sparse(self.model, len(x) * self.model.config.tokens)
-            self.forward = torch.compile(self.model, dynamic=False, mode="reduce-overhead")
-        return self.forward(x, t, y, modulations)
+            self.compiled = torch.compile(getattr(self.model, self.function), dynamic=False, mode="reduce-overhead")
+        return self.compiled(x, *others)
 
 
 @torch.no_grad()

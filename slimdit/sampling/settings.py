@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,50 @@ SPACINGS: Mapping[str, str] = {
 STARTS_CLEAN = ("leading", "linspace", "respaced")  # their only timestep, when asked for one, is 0
 
 
+LARGEST_ORDER = 2  # of a forecast; higher ones follow noise
+
+
+@dataclass(frozen=True)
+class Caching:
+    """At which steps of a run the whole model is evaluated; at the others what its blocks change is foretold.
+
+    Attributes:
+        full: those steps, counted from 0, ascending and with the first among them.
+        order: of the polynomial in the timestep that foretells from the last full evaluations; 0 repeats the last.
+
+    Raises:
+        ValueError: a value is refused.
+    """
+
+    full: tuple[int, ...]
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        full = self.full
+        if not isinstance(full, Sequence) or isinstance(full, str) or not full or not all(map(_is_whole, full)):
+            raise ValueError(f"caching: full must be steps, whole numbers from 0 on, not {full!r}")
+        if full[0] != 0 or any(earlier >= later for earlier, later in pairwise(full)):
+            raise ValueError(f"caching: full steps must ascend from 0, not {list(full)}")
+        if not _is_whole(self.order) or self.order > LARGEST_ORDER:
+            raise ValueError(f"caching: order must be 0, 1 or {LARGEST_ORDER}, not {self.order!r}")
+        object.__setattr__(self, "full", tuple(full))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        return {"full": list(self.full), "order": self.order}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Caching:
+        """The settings that `to_dict` described.
+
+        Raises:
+            ValueError: it describes none.
+        """
+        if not isinstance(data, Mapping) or "full" not in data or set(data) - {"full", "order"}:
+            raise ValueError(f"caching: {data!r} is not an object of full and order")
+        return cls(**data)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How noise becomes an image, as data.
@@ -43,6 +87,7 @@ class Sampling:
             None guides all; DiT's published samples use 3 (of 4).
         guidance_interval: first and last timestep, both included, at which guidance acts.
         timesteps: the timesteps themselves, descending, instead of a spacing.
+        cache: at which steps the whole model is evaluated; None is all.
 
     Raises:
         ValueError: a value is refused; the sentence says which and why.
@@ -55,6 +100,7 @@ class Sampling:
     guidance_channels: int | None = None
     guidance_interval: tuple[int, int] = (0, 1000)
     timesteps: tuple[int, ...] | None = None
+    cache: Caching | None = field(default=None, repr=False)  # so that what is known by its text stays known
 
     def __post_init__(self) -> None:
         _require_known("solver", self.solver, SOLVERS)
@@ -72,6 +118,9 @@ class Sampling:
         elif self.steps == 1 and self.spacing in STARTS_CLEAN:
             raise ValueError(f"sampling: spacing {self.spacing!r} with 1 step would visit timestep 0 only, where there "
                              f"is no noise left to remove; use spacing 'trailing'")
+        if self.cache is not None and self.cache.full[-1] >= self.steps:
+            raise ValueError(f"sampling: the cache has a full evaluation at step {self.cache.full[-1]}, and the last "
+                             f"of {self.steps} is {self.steps - 1}")
 
     def _check_interval(self) -> None:
         interval = self.guidance_interval
@@ -92,8 +141,9 @@ class Sampling:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description from which `from_dict` builds the same settings."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cache"}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {**plain, "cache": self.cache.to_dict()} if self.cache else plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sampling:
@@ -102,11 +152,26 @@ class Sampling:
         Raises:
             ValueError: a key is unknown, or a value is refused.
         """
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         for name in data:
             if name not in known:
                 raise ValueError(f"sampling: {name!r} is unknown; {nearest(name, known)}")
-        return cls(**data)
+        cache = data.get("cache")
+        return cls(**{**data, "cache": None if cache is None else Caching.from_dict(cache)})
+
+    def revised(self, **changes: Any) -> Sampling:
+        """The settings with changes; what was chosen for other steps, timesteps and a cache, is set aside.
+
+        Raises:
+            ValueError: a value is refused.
+        """
+        aside: dict[str, Any] = {}
+        if changes.get("steps", self.steps) != self.steps or "spacing" in changes:
+            aside["timesteps"] = None
+        if any(changes.get(name, getattr(self, name)) != getattr(self, name)
+               for name in ("solver", "steps", "spacing", "timesteps")):
+            aside["cache"] = None
+        return replace(self, **{**aside, **changes})
 
 
 def _require_known(what: str, name: Any, table: Mapping[str, Any]) -> None:

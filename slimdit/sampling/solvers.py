@@ -36,8 +36,26 @@ def timesteps(process: NoiseProcess, sampling: Sampling) -> list[int]:
 
 
 def evaluations(process: NoiseProcess, sampling: Sampling) -> int:
-    """Model evaluations that one image takes: two at a guided timestep, one at any other."""
-    return sum(2 if is_guided(sampling, t) else 1 for t in timesteps(process, sampling))
+    """Evaluations of the whole model that one image takes: two at a guided timestep, one at any other."""
+    return _passes(process, sampling, whole=True)
+
+
+def skipped(process: NoiseProcess, sampling: Sampling) -> int:
+    """Evaluations that one image takes without the model's blocks, what they change being foretold."""
+    return _passes(process, sampling, whole=False)
+
+
+def full_steps(process: NoiseProcess, sampling: Sampling) -> list[bool]:
+    """Whether each step evaluates the whole model: where a cache says so, and where guidance begins or ends."""
+    guided = [is_guided(sampling, t) for t in timesteps(process, sampling)]
+    if sampling.cache is None:
+        return [True] * len(guided)
+    return [step in sampling.cache.full or guided[step] != guided[step - 1] for step in range(len(guided))]
+
+
+def _passes(process: NoiseProcess, sampling: Sampling, *, whole: bool) -> int:
+    return sum(2 if is_guided(sampling, t) else 1
+               for t, full in zip(timesteps(process, sampling), full_steps(process, sampling)) if full == whole)
 
 
 def is_guided(sampling: Sampling, t: int) -> bool:

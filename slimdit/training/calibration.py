@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..models.dit import DiT
 from ..pipeline import Pipeline, Runtime
+from ..sampling.caching import Evaluator
 from ..sampling.process import Denoise
 from ..sampling.seeds import ImageNoise, image_labels
 from ..sampling.solvers import is_guided, solve, timesteps
@@ -35,7 +36,7 @@ class Call:
 
 @torch.no_grad()  # or every kept input would hold on to the run before it
 def deployed_calls(pipeline: Pipeline, *, images: int = 32, batch: int = 8, seed: int = 0) -> list[Call]:
-    """Calls of the pipeline's own sampling runs in float32, every timestep it visits once or more.
+    """Whole calls of the pipeline's own sampling runs in float32, every timestep it visits with them once or more.
 
     The images are made in batches, and the batches share the timesteps out between them: the first of four keeps the
     1st, 5th, 9th ... call. So the calls are few, of different images, and spread evenly over the trajectory.
@@ -53,16 +54,17 @@ def deployed_calls(pipeline: Pipeline, *, images: int = 32, batch: int = 8, seed
     kept: list[Call] = []
     for turn in range(batches):
         ids = range(FIRST_ID + turn * batch, FIRST_ID + min(images, (turn + 1) * batch))
-        numbers = count()
+        numbers, evaluator = count(), plain.evaluator()
 
-        def denoise(x: Tensor, t: Tensor, y: Tensor, turn: int = turn, numbers: Any = numbers) -> Tensor:
-            if next(numbers) % batches == turn:
+        def denoise(x: Tensor, t: Tensor, y: Tensor, turn: int = turn, numbers: Any = numbers,
+                    evaluator: Evaluator = evaluator) -> Tensor:
+            if evaluator.is_whole and next(numbers) % batches == turn:
                 kept.append(Call(x.clone(), t.clone(), y.clone()))
-            return plain.denoise(x, t, y)
+            return evaluator(x, t, y)
 
         solve(denoise, plain.process, plain.sampling, ImageNoise(seed, ids, (config.channels, *config.input_size)),
               image_labels(seed, ids, config.classes), null_class=config.classes, learn_sigma=config.learn_sigma,
-              device=plain.device)
+              device=plain.device, progress=evaluator.seek)
     return kept
 
 

@@ -67,7 +67,9 @@ def own_samples(pipeline: Pipeline, images: int, *, first: int = FIRST_ID, batch
     for start in range(0, images, batch):
         chosen = ids[start:start + batch]
         noise = ImageNoise(seed, chosen, (config.channels, *config.input_size))
-        parts.append(solve(plain.denoise, plain.process, plain.sampling, noise, labels[start:start + batch],
-                           null_class=config.classes, learn_sigma=config.learn_sigma, device=plain.device).cpu())
+        evaluator = plain.evaluator()
+        parts.append(solve(evaluator, plain.process, plain.sampling, noise, labels[start:start + batch],
+                           null_class=config.classes, learn_sigma=config.learn_sigma, device=plain.device,
+                           progress=evaluator.seek).cpu())
         progress(min(start + batch, images))
     return Samples(torch.cat(parts), labels, config.classes)
