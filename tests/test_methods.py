@@ -14,6 +14,7 @@ import torch
 from slimdit.allocation import Sensitivity
 from slimdit.context import Context, Refused
 from slimdit.methods import METHODS
+from slimdit.methods.cache_blocks import CacheBlocks
 from slimdit.methods.compile import Compile
 from slimdit.methods.distill import Distill
 from slimdit.methods.distill_guidance import DistillGuidance
@@ -49,6 +50,8 @@ EXAMPLES = {
     "quantize int4 hqq": Quantize(weights="int4", rounding="hqq"),
     "quantize int4 gptq": Quantize(weights="int4", rounding="gptq", images=2),
     "compile": Compile(),
+    "cache_blocks": CacheBlocks(every=2, order=1, force=True),
+    "cache_blocks threshold": CacheBlocks(threshold=0.3, images=2, force=True),
     "prune_width": PruneWidth(mlp=0.75, images=4),
     "prune_depth": PruneDepth(keep=1, images=4),
     "low_rank_adaln": LowRankAdaln(final=True),
@@ -64,6 +67,7 @@ EXAMPLES = {
 NEUTRAL = {
     "reduce_steps": ReduceSteps(STEPS),
     "quantize": Quantize(protect=("*",)),
+    "cache_blocks": CacheBlocks(every=1, force=True),
     "prune_width": PruneWidth(),
     "prune_depth": PruneDepth(keep=2),
     "low_rank_adaln": LowRankAdaln(rank=1.0),

@@ -57,6 +57,7 @@ def test_what_needs_float_or_full_layers_and_does_not_find_them_is_all_that_is_r
     assert refused == {(a, b) for a, b in PAIRS if (a.startswith("quantize") and b.startswith(FLOAT_ONLY))
                        or (a == "low_rank_adaln" and b in ("low_rank_adaln", "quantize smooth"))
                        or (a.startswith("sparse") and b.startswith(("sparse", "prune_width")))
+                       or (a.startswith("cache_blocks") and b.startswith(("cache_blocks", "reduce_steps")))
                        or (a, b) == ("simplify_attention focused", "quantize smooth")  # its heads share values
                        or (a == "distill_guidance" and b in ("finetune", "distill", "distill_guidance"))}
 

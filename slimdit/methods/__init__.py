@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from .cache_blocks import CacheBlocks
 from .compile import Compile
 from .distill import Distill
 from .distill_guidance import DistillGuidance
@@ -46,6 +47,7 @@ METHODS: Mapping[str, type] = {
     "distill": Distill,
     "distill_guidance": DistillGuidance,
     "quantize": Quantize,
+    "cache_blocks": CacheBlocks,
     "compile": Compile,
 }
 """Methods by the name a recipe gives."""

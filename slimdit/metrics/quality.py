@@ -173,9 +173,10 @@ def frechet_of(features: np.ndarray, reference: Statistics) -> Resampled:
 def cross(rooted: np.ndarray, weights: np.ndarray, drawn: np.ndarray) -> float:
     """tr (A B)^½ for features with B^½ multiplied in, (n, d), of which those at `drawn` count `weights` times."""
     n, counts, rows = weights.sum(), weights[drawn].astype(rooted.dtype), rooted[drawn]
-    scaled = (rows - counts @ rows / counts.sum()) * np.sqrt(counts / (n - 1))[:, None]
+    rows -= counts @ rows / counts.sum()
+    rows *= np.sqrt(counts / (n - 1)).astype(rooted.dtype)[:, None]
     rank = min(len(drawn) - 1, rooted.shape[1])  # the eigenvalues beyond are rounding, which a root would magnify
-    values = eigvalsh(scaled.T @ scaled, overwrite_a=True, check_finite=False)
+    values = eigvalsh(rows.T @ rows, overwrite_a=True, check_finite=False)
     return float(np.sqrt(values[len(values) - rank:].clip(min=0)).sum(dtype=np.float64))
 
 

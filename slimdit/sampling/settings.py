@@ -159,6 +159,14 @@ class Sampling:
         cache = data.get("cache")
         return cls(**{**data, "cache": None if cache is None else Caching.from_dict(cache)})
 
+    def with_cache(self, full: Sequence[int], order: int = 0) -> Sampling:
+        """The settings with whole evaluations at these steps only.
+
+        Raises:
+            ValueError: as `Caching`, or a step is beyond the last.
+        """
+        return replace(self, cache=Caching(tuple(full), order))
+
     def revised(self, **changes: Any) -> Sampling:
         """The settings with changes; what was chosen for other steps, timesteps and a cache, is set aside.
 
