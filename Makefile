@@ -17,7 +17,7 @@ export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench methods study benchmarks tables clean
+.PHONY: help install demo test lint bench methods study steps benchmarks tables clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,14 +45,18 @@ study: $(INSTALLED) ## measure what results/study lacks: attention, students and
 	  slimdit/assets/recipes/experts/*.toml slimdit/assets/recipes/compression/finetune-*.toml \
 	  --protocol study --out results/study --resume
 
+steps: $(INSTALLED) ## measure what results/steps lacks: ten steps beside the published 250 of DDPM, half an hour
+	$(BIN)/slimdit bench slimdit/assets/recipes/steps/*.toml --protocol published --out results/steps --resume
+
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, an hour on an idle machine
 	$(BIN)/python -m benchmarks.record int8 sampling_run historical attention attention_kinds few_rows load_memory startup \
 	  measuring bootstrap
 
-tables: $(INSTALLED) ## render the tables of README, docs/methods.md, docs/study.md and benchmarks/README.md from their records
+tables: $(INSTALLED) ## render the tables of README, docs/ and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
 	$(BIN)/slimdit report results/methods --update docs/methods.md --name methods
 	$(BIN)/slimdit report results/study --update docs/study.md --name study
+	$(BIN)/slimdit report results/steps --update docs/steps.md --name steps
 	$(BIN)/python -m benchmarks.record
 
 clean: ## remove the environment and the caches; runs/ and results/ stay

@@ -17,7 +17,7 @@ from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
-from .models.execution import Graphed, prepare_for_gpu
+from .models.execution import Graphed, compiled, prepare_for_gpu
 from .models.modulation import Modulations
 from .sampling.caching import Evaluator
 from .sampling.process import NoiseProcess
@@ -253,7 +253,7 @@ class Denoiser:
     def _compiled(self, function: str) -> Callable[..., Any]:
         if self.model.pos_embed.device.type == "cuda":
             return Graphed(self.model, function)
-        return torch.compile(getattr(self.model, function), dynamic=False)
+        return compiled(getattr(self.model, function))
 
     def _float(self, output: Tensor) -> Tensor:
         # Always a copy, as of the change: a CUDA graph writes its next answer where it wrote this one.

@@ -168,7 +168,7 @@ def measure(row: Row) -> Record:
         witness=witness,
         provenance=provenance(seeds={"images": row.seed}, dtype=pipeline.runtime.dtype, device=row.device,
                               threads=row.protocol.threads, command=row.command or None),
-        seconds=({"prepare": sum(entry["seconds"] for entry in witness)} if witness else {}) | watch.seconds,
+        seconds=({"prepare": sum(entry.get("seconds", 0.0) for entry in witness)} if witness else {}) | watch.seconds,
         images=Images(grid=f"../rows/{row.slug}/grid.png", sha256=sampled))
     write(record, Path(row.folder) / "records")
     if row.maker is row:

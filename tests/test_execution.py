@@ -28,6 +28,8 @@ from slimdit.models.feedforward import MLP, farthest
 from slimdit.models.fp8 import Fp8Dynamic
 from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
 from slimdit.models.surgery import pack_linears
+from slimdit.pipeline import Pipeline, Runtime
+from slimdit.sampling.settings import Sampling
 
 CONFIG = uniform(depth=2, width=64, heads=2, patch=2, input_size=(8, 8), channels=1, classes=3)
 IN_BLOCKS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -134,7 +136,7 @@ def test_sparse_layers_are_tried_on_the_tokens_of_the_first_call(gains, monkeypa
     x, t, y = inputs()
     with torch.no_grad():
         expected = sparse(x.bfloat16(), t, y)
-        graphed = Graphed(sparse)
+        graphed = Graphed(sparse, "forward")
         for _ in range(2):
             assert torch.equal(graphed(x.bfloat16(), t, y), expected)
     assert tried == [(192, 3 * 16), (256, 3 * 16)]
@@ -169,3 +171,18 @@ def test_sparse_products_are_the_dense_ones():
         holder = nn.ModuleDict({"mlp": nn.Sequential(layer), "other": nn.Sequential(layer)})
         assert set(run_sparse(holder, 2048)) <= {"mlp.0"}
         assert apart(holder["mlp"](x), layer(x)) < 0.01
+
+
+def test_every_one_of_many_models_is_compiled(monkeypatch):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+    for width in range(8, 8 + 4 * 12, 4):
+        config = uniform(depth=1, width=width, heads=1, patch=4, input_size=(8, 8), channels=1, classes=3)
+        Pipeline(model(config=config), runtime=Runtime(compile=True), sampling=Sampling(steps=2)).sample([0], batch=1)
+    assert len(seen) == 12

@@ -1,14 +1,15 @@
-"""What a GPU executes in the place of a model's layers, where that is faster and means the same.
+"""How a model is executed: compiled, and on a GPU with other layers where those are faster and mean the same.
 
-A copy of the model is changed, never what is saved: layers that a GPU multiplies no faster in 8 bits become float ones,
-2:4 sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input. Which layers gain was
-measured by `benchmarks/gpu.py`.
+On a GPU a copy of the model is changed, never what is saved: layers that it multiplies no faster in 8 bits become float
+ones, 2:4 sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input. Which layers gain
+was measured by `benchmarks/gpu.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 115
 HOPPER = (9, 0)  # its int8 products are those of the generation before, slower than bfloat16's
 TOKEN_LAYERS = ("attn.", "mlp.")  # in the names of layers that see every token
 HALVES = (torch.bfloat16, torch.float16)
+ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from PyTorch 2.13 on
+COMPILATIONS = 256  # of the same code, where it cannot isolate them
 
 
 def prepare_for_gpu(model: nn.Module, device: torch.device) -> None:
@@ -100,6 +103,18 @@ class SparseLinear(nn.Module):
         return product.view(*x.shape[:-1], self.out_features)
 
 
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """A model's function compiled for the shapes it is first called with, however many models were compiled before.
+
+    PyTorch counts compilations by the code, which all models share, and from the ninth on runs the rest uncompiled,
+    with no more than a warning.
+    """
+    options: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES else {}
+    if not ISOLATES:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
+    return torch.compile(function, dynamic=False, mode=mode, **options)
+
+
 class Graphed:
     """A function of a model whose kernels are launched as one CUDA graph.
 
@@ -115,7 +130,7 @@ class Graphed:
         if self.compiled is None:
             if torch.backends.cusparselt.is_available():
                 run_sparse(self.model, len(x) * self.model.config.tokens)
-            self.compiled = torch.compile(getattr(self.model, self.function), dynamic=False, mode="reduce-overhead")
+            self.compiled = compiled(getattr(self.model, self.function), mode="reduce-overhead")
         return self.compiled(x, *others)
 
 

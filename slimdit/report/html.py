@@ -124,21 +124,8 @@ def _header(records: Sequence[Record], heading_text: str) -> str:
 
 
 def _table(records: Sequence[Record], metrics: Metrics) -> str:
-    content = table(records, metrics)
-    heads = "".join(f'<th scope="col" class="number">{escape(str(replace(head, n=None)))}'
-                    f"<small>{'' if head.n is None else f'N = {head.n:,}'}</small></th>" for head in content.headings)
-    lines = []
-    for record, row in zip(records, content.rows):
-        if not any(cell.text for cell in row.cells):
-            lines.append(f'<tr><th scope="row">{escape(row.name)}</th>'
-                         f'<td colspan="{len(row.cells) + 1}">{_badge(record)}</td></tr>')
-            continue
-        cells = "".join(f'<td class="number">{escape(cell.text)}<small>{escape(cell.interval)}</small></td>'
-                        for cell in row.cells)
-        lines.append(f'<tr><th scope="row">{escape(row.name)}</th>{cells}<td>{_badge(record)}</td></tr>')
-    return ('<section aria-labelledby="results">\n<h2 id="results">Results</h2>\n<div class="wide"><table>\n'
-            f'<thead><tr><th scope="col">row</th>{heads}<th scope="col">verdict</th></tr></thead>\n'
-            f"<tbody>{''.join(lines)}</tbody>\n</table></div>\n"
+    sheet = _sheet(table(records, metrics), [_badge(record) for record in records], "verdict")
+    return (f'<section aria-labelledby="results">\n<h2 id="results">Results</h2>\n{sheet}'
             '<p class="quiet">In brackets: the interval of each number. N: the images, or rounds of the clock. '
             "Δ: the paired difference to the baseline. Ratios are to the baseline. ↑ higher, ↓ lower is better.</p>\n"
             "</section>")
@@ -148,15 +135,26 @@ def _controls(content: Table | None) -> str:
     """Rows beside their controls, where there are any."""
     if content is None or not content.rows:
         return ""
-    heads = "".join(f'<th scope="col" class="number">{escape(str(head))}</th>' for head in content.headings)
-    lines = "".join(f'<tr><th scope="row">{escape(row.name)}</th>' + "".join(
-        f'<td class="number">{escape(cell.text)}<small>{escape(cell.interval)}</small></td>' for cell in row.cells)
-        + f"<td>{escape(row.note)}</td></tr>" for row in content.rows)
-    return ('<section aria-labelledby="controls">\n<h2 id="controls">Beside their controls</h2>\n'
-            f'<div class="wide"><table>\n<thead><tr><th scope="col">row</th>{heads}<th scope="col">it is</th></tr>'
-            f"</thead>\n<tbody>{lines}</tbody>\n</table></div>\n"
+    sheet = _sheet(content, [escape(row.note) for row in content.rows], "it is")
+    return (f'<section aria-labelledby="controls">\n<h2 id="controls">Beside their controls</h2>\n{sheet}'
             '<p class="quiet">Δ: the row minus its control, image by image. Costs: the row / its control.</p>\n'
             "</section>")
+
+
+def _sheet(content: Table, said: Sequence[str], last: str) -> str:
+    """A table, with what is said of each row in a last column."""
+    heads = "".join(f'<th scope="col" class="number">{escape(str(replace(head, n=None)))}'
+                    f"<small>{'' if head.n is None else f'N = {head.n:,}'}</small></th>" for head in content.headings)
+    lines = []
+    for row, saying in zip(content.rows, said):
+        cells = "".join(f'<td class="number">{escape(cell.text)}<small>{escape(cell.interval)}</small></td>'
+                        for cell in row.cells)
+        told = f"{cells}<td>{saying}</td>" if any(cell.text for cell in row.cells) else (
+            f'<td colspan="{len(row.cells) + 1}">{saying}</td>')
+        lines.append(f'<tr><th scope="row">{escape(row.name)}</th>{told}</tr>')
+    return ('<div class="wide"><table>\n'
+            f'<thead><tr><th scope="col">row</th>{heads}<th scope="col">{last}</th></tr></thead>\n'
+            f"<tbody>{''.join(lines)}</tbody>\n</table></div>\n")
 
 
 def _badge(record: Record) -> str:

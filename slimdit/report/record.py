@@ -277,7 +277,9 @@ def _commit() -> dict[str, Any]:
     # Installed into somebody's virtual environment, the repository around it is theirs, not ours.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return {"commit": None, "dirty": None}
-    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    # Results are not what numbers come from: a second benchmark may follow a first.
+    sources = (":(top)", ":(top,exclude)results")
+    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", *sources)
     return {"commit": _git(here.parent, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
