@@ -77,7 +77,7 @@ class Reader:
 def pipeline() -> Pipeline:
     torch.manual_seed(0)
     model = DiT(uniform(depth=2, width=16, heads=2, patch=4, input_size=(8, 8), channels=1, classes=3))
-    return Pipeline(model.eval(), sampling=Sampling(steps=4), name="tiny")
+    return Pipeline(model.eval(), sampling=Sampling(steps=4).with_cache((0, 2), 1), name="tiny")
 
 
 def checkpoint() -> dict[str, Any]:
