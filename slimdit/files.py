@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to import, and a report needs none of
     from torch import Tensor
 
 T = TypeVar("T", dict[str, Any], list[dict[str, Any]])
+WORTH_A_MAPPING = 2**18  # numbers of a tensor
 
 
 @contextmanager
@@ -115,13 +116,15 @@ def read_tensors(path: Path, *, mapped: bool = True,
 def _copied(path: Path, name: str) -> Tensor:
     """One tensor of a file, which is mapped for it alone, so that no more than one is ever held twice.
 
-    Floats of half precision are left in their mapping: they take no memory until they are read, to be converted.
+    Large ones in half precision are left in their mapping: they take no memory until they are read, to be converted.
+    Small ones, such as the scales of packed layers, are not worth one: of many, each would hold pages around it.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(name)
-        return tensor if tensor.is_floating_point() and tensor.element_size() == 2 else tensor.clone()
+        halves = tensor.is_floating_point() and tensor.element_size() == 2
+        return tensor if halves and tensor.numel() >= WORTH_A_MAPPING else tensor.clone()
 
 
 def _sync(path: Path) -> None:
