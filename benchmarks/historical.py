@@ -4,7 +4,7 @@
 
 Every step of the published way takes as long as any other, so some are timed and the rest is reckoned: `a_seconds` is
 of all 250. It computes adaLN in every step. `eager float32` is PyTorch's own products, which leave the vectors of some
-processors unused; `packed float32` is compiled, its weights packed for the products that use them; `eager TF32` is what
+processors unused; `packed float32` uses them, by oneDNN, its weights laid out for that beforehand; `eager TF32` is what
 a GPU's tensor cores make of it. All are what a speed-up is often quoted against, and none is what slimdit calls its
 baseline: that is the compiled model in its best float type at 50 DDIM steps. A preset has random weights, which no time
 depends on: what the recipe costs in quality is measured on the bundled model by `slimdit bench`.
@@ -13,6 +13,7 @@ depends on: what the recipe costs in quality is measured on the bundled model by
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from slimdit.context import Context
 from slimdit.formats import load
 from slimdit.methods.compile import Compile
+from slimdit.models.linear import set_linear
 from slimdit.pipeline import Pipeline, Runtime
 from slimdit.recipe import find, run
 from slimdit.sampling.settings import Sampling
@@ -71,9 +74,25 @@ def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> li
     return [{"model": model, "images": images, "b": recipe, **row} for row in rows]
 
 
-def packed(pipeline: Pipeline) -> Callable[..., Any]:
-    """The model compiled, its weights frozen into the program, which lays them out for the processor."""
-    return torch.compile(pipeline.denoise.model, dynamic=False, options={"freezing": True})
+def packed(pipeline: Pipeline) -> nn.Module:
+    """The model with oneDNN's products in the place of PyTorch's own."""
+    model = copy.deepcopy(pipeline.model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not name.startswith("t_embedder"):  # which is asked for its parameters
+            set_linear(model, name, PackedFloat(layer))
+    return model
+
+
+class PackedFloat(nn.Module):
+    """A float linear layer whose weights lie as oneDNN's product wants them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def in_tf32(call: Callable[[], Any]) -> Callable[[], Any]:
