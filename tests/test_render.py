@@ -17,6 +17,7 @@ from slimdit.report.render import (
     markdown,
     note,
     number,
+    sampled,
     table,
     terminal_table,
     update_markdown,
@@ -136,3 +137,10 @@ def test_two_runs_side_by_side_say_what_is_not_alike() -> None:
     same = compare(right, right, METRICS)
     assert same.warnings == ()
     assert same.table.rows[0].cells[0].interval == "intervals overlap"
+
+
+def test_a_row_says_how_many_of_its_steps_are_whole():
+    how = {"solver": "ddim", "steps": 50, "guidance": 1.5}
+    assert sampled(Record("row", protocol={"row_sampling": how})) == "ddim, 50 steps, guidance 1.5"
+    how["cache"] = {"full": [0, 5, 10], "order": 1}
+    assert sampled(Record("row", protocol={"row_sampling": how})) == "ddim, 50 steps, 3 of them whole, guidance 1.5"

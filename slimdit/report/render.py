@@ -251,10 +251,13 @@ def note(record: Record) -> str:
 
 
 def sampled(record: Record) -> str:
-    """How a row's images were made: `ddim, 50 steps, guidance 1.5`, where the record says."""
-    how = record.protocol.get("row_sampling") or {}
-    return ", ".join(text.format(how[name]) for name, text in (("solver", "{}"), ("steps", "{} steps"),
-                                                               ("guidance", "guidance {:g}")) if name in how)
+    """How a row's images were made: `ddim, 50 steps, 10 of them whole, guidance 1.5`, where the record says."""
+    how = dict(record.protocol.get("row_sampling") or {})
+    if how.get("cache"):
+        how["whole"] = len(how["cache"]["full"])
+    return ", ".join(text.format(how[name]) for name, text in (
+        ("solver", "{}"), ("steps", "{} steps"), ("whole", "{} of them whole"), ("guidance", "guidance {:g}"))
+        if name in how)
 
 
 def _either(told: Callable[[Record], str], left: Record, right: Record) -> str:
