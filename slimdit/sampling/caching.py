@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,8 +19,18 @@ from .process import NoiseProcess
 from .settings import Sampling
 from .solvers import full_steps, timesteps
 
-if TYPE_CHECKING:
-    from ..pipeline import Denoiser
+
+class Executed(Protocol):
+    """A model as it is executed: float32 in and out, whole, whole with what its blocks changed, or without them."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
+        """As `DiT.forward`."""
+
+    def with_change(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `DiT.with_change`."""
+
+    def without_blocks(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None, change: Tensor) -> Tensor:
+        """As `DiT.without_blocks`."""
 
 
 class Evaluator:
@@ -30,7 +40,7 @@ class Evaluator:
         denoiser: the model as it is executed.
     """
 
-    def __init__(self, denoiser: Denoiser, process: NoiseProcess, sampling: Sampling) -> None:
+    def __init__(self, denoiser: Executed, process: NoiseProcess, sampling: Sampling) -> None:
         self.denoiser, self.cache = denoiser, sampling.cache
         self.visited, self.full = timesteps(process, sampling), full_steps(process, sampling)
         self.kept: list[tuple[int, Tensor]] = []
