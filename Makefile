@@ -6,6 +6,18 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 
+# The study: the paper's table of five families, for both bases; what stands beside it for the bundled one; and the
+# rows that a conclusion rests on, which are trained with a second seed.
+TABLE := finetune-teacher finetune-control sparse-weights sparse-2-4 prune-width prune-width-recovered prune-depth \
+  prune-depth-recovered int8-weight-only int8-dynamic int4 fp8 student-half student-half-scratch student-quarter \
+  attention-control mediated-4 mediated focused focused-grouped grouped shallow experts-partition-control \
+  experts-partition experts-upcycle
+STUDY := $(TABLE) few-steps steps-6-searched low-rank-adaln lean lean-6 slim narrow tiny \
+  slimdit/assets/recipes/stacks/*.toml slimdit/assets/recipes/students/distill-*.toml guidance-off \
+  mediated-scratch experts-upcycle-timestep finetune-longer
+CONCLUSIONS := finetune-teacher finetune-control student-half distill-depth distill-alpha-000 distill-alpha-100 \
+  attention-control mediated shallow experts-partition-control experts-partition experts-upcycle-timestep
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -40,10 +52,10 @@ bench: $(INSTALLED) ## measure what results/demo lacks: the records that the REA
 methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
 
-study: $(INSTALLED) ## measure what results/study lacks: attention, students and experts with their controls, two hours
-	$(BIN)/slimdit bench slimdit/assets/recipes/attention/*.toml slimdit/assets/recipes/students/*.toml \
-	  slimdit/assets/recipes/experts/*.toml slimdit/assets/recipes/compression/finetune-*.toml \
-	  --protocol study --out results/study --resume
+study: $(INSTALLED) ## measure what results/study and results/study-xs4 lack: all five families, five hours
+	$(BIN)/slimdit bench $(STUDY) --protocol study --out results/study --resume
+	$(BIN)/slimdit bench $(TABLE) --model results/bases/xs4 --protocol study --out results/study-xs4 --resume
+	$(BIN)/slimdit bench $(CONCLUSIONS) --seeds 2 --protocol study --out results/study --resume
 
 steps: $(INSTALLED) ## measure what results/steps lacks: ten steps beside the published 250 of DDPM, half an hour
 	$(BIN)/slimdit bench slimdit/assets/recipes/steps/*.toml --protocol published --out results/steps --resume

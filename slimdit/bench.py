@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -49,22 +49,33 @@ Show = Callable[[str, str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A bench before it runs: the rows, first to last, and where they go."""
+    """A bench before it runs: the rows, first to last, and where they go.
+
+    Attributes:
+        options: the words that make `slimdit bench` measure so again, in a folder of its own.
+        sources: what a row's recipe was called in the command, where not by its name.
+    """
+
+    def command(self, *recipes: str) -> tuple[str, ...]:
+        """The words that measure these rows again, and the baseline with them."""
+        return ("slimdit", "bench", *dict.fromkeys(self.sources.get(name, name) for name in recipes), *self.options)
 
     folder: Path
     model: str
     protocol: Protocol
     recipes: tuple[Recipe, ...]
     device: str
-    command: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """The baseline, the baseline with other seeds (A/A), and a row per recipe."""
         base = Row(BASELINE, str(self.folder), self.model, self.protocol, seed=self.protocol.seed, device=self.device,
-                   command=self.command)
+                   command=self.command(*(recipe.name for recipe in self.recipes)))
         floor = replace(base, name=AA, seed=self.protocol.seed + 1, timed=False)
         return [base, floor, *(replace(base, name=recipe.name, recipe=replace(recipe, controls=()).to_toml(),
-                                       controls=recipe.controls) for recipe in self.recipes)]
+                                       controls=recipe.controls, command=self.command(recipe.name))
+                               for recipe in self.recipes)]
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a bench is resumed."""
@@ -87,28 +98,49 @@ class Plan:
         }
 
 
-def plan(recipes: Sequence[str], *, model: str, protocol: str, folder: Path, images: int | None = None,
-         seed: int | None = None, device: str | None = None, dtype: str | None = None,
+def plan(recipes: Sequence[str], *, model: str | None = None, protocol: str, folder: Path, images: int | None = None,
+         seed: int | None = None, seeds: int = 1, device: str | None = None, dtype: str | None = None,
          timeout: float | None = None) -> Plan:
     """What will be measured.
 
+    Args:
+        model: what the recipes are applied to, instead of what they name.
+        seeds: with how many seeds each recipe is carried out that has a method with one: a row more for each.
+
     Raises:
-        ValueError: a recipe or the protocol is refused, or two recipes have one name.
+        ValueError: a recipe or the protocol is refused, two recipes have one name, or name different models.
     """
-    chosen = [find(name) for name in recipes] if recipes else [find(name) for name in tour()]
-    names = [BASELINE, AA, *(recipe.name for recipe in chosen)]
+    sources = list(recipes or tour())
+    chosen = [find(name) for name in sources]
+    start = common_model(chosen) if model is None else model
+    asked = {"model": None if start == "bundled" else start, "protocol": protocol, "images": images, "seed": seed,
+             "seeds": None if seeds == 1 else seeds, "device": device, "dtype": dtype, "timeout": timeout}
+    words = tuple(word for name, value in asked.items() if value is not None for word in (f"--{name}", str(value)))
+    rows = [(replace(one, model=start), source) for source, recipe in zip(sources, chosen)
+            for one in (recipe, *map(recipe.reseeded, range(1, seeds))) if one]
+    names = [BASELINE, AA, *(recipe.name for recipe, _ in rows)]
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"bench: two rows are called {', '.join(sorted(doubled))}: give each recipe a name of its own")
-    for recipe in chosen:
-        if recipe.model != model and recipes:
-            raise ValueError(f"bench: recipe {recipe.name} is for {recipe.model}, not {model}: bench it with "
-                             f"--model {recipe.model}")
     rules = find_protocol(protocol)
     changes: dict[str, Any] = {"images": images, "seed": seed, "timeout_s": timeout}
     rules = replace(rules, **{name: value for name, value in changes.items() if value is not None})
     if dtype is not None:
         rules = Protocol.from_dict({**rules.to_dict(), "runtime": {**rules.to_dict()["runtime"], "dtype": dtype}})
-    return Plan(folder, model, rules, tuple(chosen), device or default_device(), ("slimdit", *sys.argv[1:]))
+    return Plan(folder, start, rules, tuple(recipe for recipe, _ in rows), device or default_device(), words,
+                {recipe.name: source for recipe, source in rows})
+
+
+def common_model(recipes: Sequence[Recipe]) -> str:
+    """The model that all recipes name.
+
+    Raises:
+        ValueError: they name different ones.
+    """
+    named = {recipe.model: recipe.name for recipe in recipes}
+    if len(named) > 1:
+        raise ValueError("bench: " + ", ".join(f"{name} is for {model}" for model, name in named.items())
+                         + ": say with --model what all are to be applied to")
+    return next(iter(named), "bundled")
 
 
 def default_device() -> str:

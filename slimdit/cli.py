@@ -73,11 +73,13 @@ def verb(function: Callable[P, Any]) -> Callable[P, None]:
 @verb
 def bench(
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipe files, or names of shipped recipes.")] = None,
-    model: Annotated[str, typer.Option(help="What to make cheaper: a path, 'bundled' or a Hub id.")] = "bundled",
+    model: Annotated[str | None, typer.Option(help="What to make cheaper, instead of what the recipes name: a path, "
+                                              "'bundled' or a Hub id.")] = None,
     protocol: Annotated[str, typer.Option(help="How to measure: a shipped protocol or a TOML file.")] = "quick",
     folder: Annotated[Path, typer.Option("--out", help="Where records and the report go.")] = Path("runs/bench"),
     images: Annotated[int | None, typer.Option(help="Images per row, instead of the protocol's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the images, instead of the protocol's.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Carry out each recipe with so many seeds, a row for each.")] = 1,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="The baseline's dtype. [default: the machine's best]")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a row may take, instead of the protocol's.")] = None,
@@ -91,7 +93,7 @@ def bench(
     from . import bench as room
 
     plan = room.plan(recipes or [], model=model, protocol=protocol, folder=folder, images=images, seed=seed,
-                     device=device, dtype=dtype, timeout=timeout)
+                     seeds=seeds, device=device, dtype=dtype, timeout=timeout)
     if dry_run:
         _answer(plan.describe(), as_json)
         return

@@ -59,6 +59,18 @@ class Recipe:
         for method in self.methods:
             method_name(method)
 
+    def reseeded(self, number: int) -> Recipe | None:
+        """The recipe with other random draws, compared with itself and with its controls' of the same number.
+
+        Every method that has a seed gets one higher by `number`. None where none has one: nothing would change.
+        """
+        if not any(map(has_seed, self.methods)):
+            return None
+        methods = tuple(replace(method, seed=(method.seed or 0) + number)  # type: ignore
+                        if has_seed(method) else method for method in self.methods)
+        controls = (self.name, *(f"{name}-seed{number}" for name in self.controls))
+        return replace(self, name=f"{self.name}-seed{number}", methods=methods, controls=controls)
+
     def summary(self) -> str:
         """The methods in a line, with the options that are not their defaults."""
         def told(method: Method) -> str:
@@ -164,6 +176,11 @@ def options(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
     return {name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items() if value is not None}
+
+
+def has_seed(method: Method) -> bool:
+    """Whether a method is told its seed, and not only the run's."""
+    return any(field.name == "seed" for field in fields(method))  # type: ignore[arg-type]
 
 
 def run(recipe: Recipe, pipeline: Pipeline, context: Context, *, resume: bool = False) -> Pipeline:

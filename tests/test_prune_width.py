@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from slimdit.context import Context, Refused
 from slimdit.formats import load, save
-from slimdit.methods.prune_width import PruneWidth, block_macs
+from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.metrics.cost import macs
 from slimdit.models.dit import PRESETS, DiT, preset, twin
+from slimdit.models.surgery import block_macs
 from slimdit.pipeline import Pipeline
 from slimdit.recipe import Recipe, config_mismatch, rehearse
 from slimdit.sampling.solvers import Sampling

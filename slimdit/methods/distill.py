@@ -6,14 +6,16 @@ then learns the teacher's outputs, the images, and early on the teacher's tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..context import Context, require
 from ..training.student import StudentTraining, TrainingOptions, untrainable
 
 if TYPE_CHECKING:
-    from ..models.dit import DiT, DiTConfig
+    from ..models.dit import BlockConfig, DiT, DiTConfig
     from ..pipeline import Pipeline
 
 Criterion = Literal["taylor", "activation", "magnitude"]
@@ -31,6 +33,8 @@ class Distill(TrainingOptions):
     Attributes:
         blocks: how many blocks the student has: the first, the last and those evenly between; None keeps all.
         patch: side of its patches, a multiple of the model's: 4 from 2, 8 from 4; None keeps it.
+        macs: instead of blocks and mlp, the share to keep of the blocks' multiply-accumulates per token: the fewest
+            blocks that have as many, their MLPs cut to what is left.
         mlp, heads: share of hidden units and of attention heads that stay in every block, the most important ones.
         criterion: what ranks them, as in `prune_width`.
         init: `"inherit"` takes the model's weights; `"random"` none, which is the control.
@@ -49,6 +53,7 @@ class Distill(TrainingOptions):
     learning_rate: float = 2e-4
     blocks: int | None = None
     patch: int | None = None
+    macs: float | None = None
     mlp: float = 1.0
     heads: float = 1.0
     criterion: Criterion = "taylor"
@@ -72,6 +77,10 @@ class Distill(TrainingOptions):
             share = getattr(self, name)
             if isinstance(share, bool) or not 0 < share <= 1:
                 raise ValueError(f"distill: {name} is a share, above 0 up to 1, not {share!r}")
+        if self.macs is not None and (isinstance(self.macs, bool) or not 0 < self.macs <= 1):
+            raise ValueError(f"distill: macs is a share, above 0 up to 1, not {self.macs!r}")
+        if self.macs is not None and (self.blocks, self.mlp) != (None, 1):
+            raise ValueError("distill: macs finds blocks and mlp itself: give either it or them")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"distill: alpha must be in 0..1, not {self.alpha}")
         for name in ("variance", "features"):
@@ -90,7 +99,8 @@ class Distill(TrainingOptions):
         """Build the student and train it; killed and applied again with the same folder, it goes on where it was."""
         teacher = context.teacher if self.teacher == "original" else pipeline.copy()
         require(not (reason := untrainable("distill", pipeline, teacher)), reason)
-        chosen = self.rehearsed() if context.rehearsal else self
+        chosen = self.sized(pipeline.model.config)
+        chosen = chosen.rehearsed() if context.rehearsal else chosen
         training = StudentTraining(chosen, teacher, context.folder / "training", context.data, context.device,
                                    context.seed, context.rehearsal, context.report)
         before = pipeline.model.config
@@ -103,6 +113,29 @@ class Distill(TrainingOptions):
             student = student.replace(model=model)
         context.witness(**changes(before, student.model.config), init=self.init, teacher=self.teacher, **facts)
         return student
+
+    def sized(self, config: DiTConfig) -> Distill:
+        """The method with the blocks and the share of their MLPs that `macs` comes to in a model.
+
+        Raises:
+            Refused: what is beside the MLPs takes more.
+        """
+        from ..models.surgery import block_macs, even_blocks
+
+        if self.macs is None:
+            return self
+        blocks = config.blocks
+        kept = [blocks[number] for number in even_blocks(len(blocks), math.ceil(len(blocks) * self.macs))]
+
+        def cost(some: Sequence[BlockConfig], mlp: int) -> int:
+            units, heads = [block.mlp_width * mlp for block in some], [block.heads for block in some]
+            return block_macs(replace(config, blocks=tuple(some)), units, heads)
+
+        least = cost(kept, 0)
+        share = (self.macs * cost(blocks, 1) - least) / (cost(kept, 1) - least)
+        require(share > 0, f"distill: {len(kept)} blocks without their MLPs have more than {self.macs} of the model's "
+                           "multiply-accumulates: ask for macs above that, or give blocks, mlp and heads")
+        return replace(self, macs=None, blocks=len(kept), mlp=min(share, 1.0))
 
     def student(self, pipeline: Pipeline, context: Context, seed: int) -> DiT:
         """The smaller model, made of the pipeline's own.

@@ -6,7 +6,7 @@ arXiv 2301.12900). How they are ranked is in `training/importance.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +90,7 @@ class PruneWidth:
 
     def chosen(self, pipeline: Pipeline, context: Context) -> tuple[Kept, Kept]:
         """The units and the heads that stay, block by block; nothing where all of them do."""
+        from ..models.surgery import block_macs
         from ..training.importance import best, importance
 
         config = pipeline.model.config
@@ -155,15 +156,6 @@ def shares(errors: Mapping[str, float], among: str, share: float, blocks: int) -
     return [kept[f"blocks.{number}"] for number in range(blocks)]
 
 
-def block_macs(config: DiTConfig, units: Sequence[int], heads: Sequence[int]) -> int:
-    """Multiply-accumulates of an image's tokens in the blocks with so many units and heads; adaLN is left out."""
-    total = 0
-    for block, mlp_width, count in zip(config.blocks, units, heads):
-        inner = count * block.head_dim
-        total += config.tokens * (config.width * (4 * inner + 2 * mlp_width) + 2 * config.tokens * inner)
-    return total
-
-
 def largest(fits: Callable[[float], bool]) -> float:
     """The largest share that fits, where all below it do, by bisection."""
     if fits(1.0):
@@ -177,6 +169,8 @@ def largest(fits: Callable[[float], bool]) -> float:
 
 def changes(before: DiTConfig, after: DiTConfig) -> dict[str, Any]:
     """What went, and what each block has left."""
+    from ..models.surgery import block_macs
+
     def told(config: DiTConfig) -> tuple[list[int], list[int]]:
         return [block.mlp_width for block in config.blocks], [block.heads for block in config.blocks]
 

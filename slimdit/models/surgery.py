@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, is_plain
-from .dit import Block, BlockConfig, DiT, FinalLayer, PatchEmbedder, attention_of, position_embedding
+from .dit import Block, BlockConfig, DiT, DiTConfig, FinalLayer, PatchEmbedder, attention_of, position_embedding
 from .experts import TimestepExperts, TokenExperts, feed_forward
 from .experts_config import ExpertsConfig
 from .feedforward import MLP
@@ -185,6 +185,15 @@ def even_blocks(depth: int, keep: int) -> list[int]:
     """Which of `depth` blocks to keep: the first, the last, and what is evenly between; one block is the first."""
     last = depth - 1
     return [(2 * place * last + keep - 1) // (2 * (keep - 1)) if place else 0 for place in range(keep)]
+
+
+def block_macs(config: DiTConfig, units: Sequence[int], heads: Sequence[int]) -> int:
+    """Multiply-accumulates of an image's tokens in the blocks with so many units and heads; adaLN is left out."""
+    total = 0
+    for block, mlp_width, count in zip(config.blocks, units, heads):
+        inner = count * block.head_dim
+        total += config.tokens * (config.width * (4 * inner + 2 * mlp_width) + 2 * config.tokens * inner)
+    return total
 
 
 @torch.no_grad()
