@@ -13,7 +13,7 @@ TABLE := finetune-teacher finetune-control sparse-weights sparse-2-4 prune-width
   attention-control mediated-4 mediated focused focused-grouped grouped shallow experts-partition-control \
   experts-partition experts-upcycle
 STUDY := $(TABLE) few-steps steps-6-searched low-rank-adaln lean lean-6 slim narrow tiny \
-  slimdit/assets/recipes/stacks/*.toml slimdit/assets/recipes/students/distill-*.toml guidance-off \
+  cache-half slimdit/assets/recipes/stacks/*.toml slimdit/assets/recipes/students/distill-*.toml guidance-off \
   mediated-scratch experts-upcycle-timestep finetune-longer
 CONCLUSIONS := finetune-teacher finetune-control student-half distill-depth distill-alpha-000 distill-alpha-100 \
   attention-control mediated shallow experts-partition-control experts-partition experts-upcycle-timestep

@@ -410,10 +410,9 @@ def write_report(folder: Path, records: Sequence[Record]) -> None:
     from .report.html import html
     from .report.render import as_markdown, markdown
 
-    grids = {record.name: (folder / "records" / record.images.grid).resolve() for record in records if record.images}
     title = f"slimdit: {records[0].protocol.get('model', 'model')} ({records[0].protocol.get('name', '')} protocol)"
     beside = contrast_table(read_contrasts(folder, records), records, METRICS)
-    write_text(folder / "report.html", html(records, title, grids, METRICS, beside))
+    write_text(folder / "report.html", html(records, title, sheets(folder, records), METRICS, beside))
     tables = [markdown(records, METRICS), *([as_markdown(beside)] if beside.rows else [])]
     write_text(folder / "table.md", "\n\n".join(tables) + "\n")
 
@@ -448,15 +447,52 @@ def contrasts_table(folder: Path, records: Sequence[Record]) -> Table:
     return drawn(contrast_table(read_contrasts(folder, records), records, METRICS))
 
 
-def update_table(path: Path, name: str, folder: Path, records: Sequence[Record]) -> None:
-    """Render anew the table between a Markdown file's markers, and that of the controls where it has its markers."""
-    from .metrics import METRICS
-    from .report.contrast import contrast_table
-    from .report.render import as_markdown, markdown, opening, update_markdown
+def update_page(path: Path, name: str, folder: Path, records: Sequence[Record]) -> None:
+    """Render anew what a Markdown file shows of a bench: its tables between their markers, and numbers in its prose.
 
-    update_markdown(path, name, markdown(records, METRICS))
-    if opening(beside := f"{name}-controls") in path.read_text(encoding="utf-8"):
-        update_markdown(path, beside, as_markdown(contrast_table(read_contrasts(folder, records), records, METRICS)))
+    Raises:
+        ValueError: it shows nothing of it, or asks for what was not measured.
+    """
+    from .metrics import METRICS
+    from .report.advice import advice_table
+    from .report.contrast import contrast_table
+    from .report.prose import update_prose
+    from .report.render import as_markdown, markdown, opening, update_markdown
+    from .report.repeats import apart, seed_table
+    from .report.stacks import stack_table
+
+    firsts = apart(records)[0]
+    names = [record.name for record in firsts]
+    contrasts = read_contrasts(folder, records)
+    beside = [one for one in contrasts if one.row in names]
+    tables: Mapping[str, Callable[[], str]] = {
+        name: lambda: markdown(firsts, METRICS),
+        f"{name}-controls": lambda: as_markdown(contrast_table(beside, firsts, METRICS)),
+        f"{name}-seeds": lambda: as_markdown(seed_table(contrasts, records, METRICS)),
+        f"{name}-stacks": lambda: as_markdown(stack_table(firsts, METRICS)),
+        f"{name}-advice": lambda: as_markdown(advice_table(firsts, METRICS)),
+    }
+    shown = update_prose(path, name, records, contrasts, METRICS)
+    for title, render in tables.items():
+        if opening(title) in path.read_text(encoding="utf-8"):
+            update_markdown(path, title, render())
+            shown += 1
+    if not shown:
+        raise ValueError(f"{path} must hold '{opening(name)}' once and '<!-- /table -->' after it, for the table to go "
+                         "between")
+
+
+def write_figures(folder: Path, records: Sequence[Record], into: Path) -> list[Path]:
+    """Write the pictures that a bench's records give; returns their paths."""
+    from .metrics import METRICS
+    from .report.figures import write_figures as write_all
+
+    return write_all(records, sheets(folder, records), into, METRICS)
+
+
+def sheets(folder: Path, records: Sequence[Record]) -> dict[str, Path]:
+    """The sheet of samples of each row."""
+    return {record.name: (folder / "records" / record.images.grid).resolve() for record in records if record.images}
 
 
 def gate(condition: str) -> Callable[[Sequence[Record]], list[str]]:

@@ -354,17 +354,21 @@ def sensitivity(
 @verb
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `bench` wrote.")],
-    update: Annotated[Path | None, typer.Option(help="A Markdown file whose table is to be rendered anew.")] = None,
-    name: Annotated[str, typer.Option(help="The table's name in that file's markers.")] = "demo",
+    update: Annotated[Path | None, typer.Option(help="A Markdown file whose tables are to be rendered anew.")] = None,
+    name: Annotated[str, typer.Option(help="The bench's name in that file's markers.")] = "demo",
+    figures: Annotated[Path | None, typer.Option(help="A folder for its pictures: fronts, sweeps, routing, "
+                                                 "images.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Render the records of a folder: table, and report.html."""
+    """Render the records of a folder: table, report.html, and where asked pictures and the tables of a page."""
     from . import bench as room
 
     records = room.read_records(folder)
     room.write_report(folder, records)
     if update:
-        room.update_table(update, name, folder, records)
+        room.update_page(update, name, folder, records)
+    if figures:
+        room.write_figures(folder, records, figures)
     if as_json:
         _print_json(room.plain(records))
     else:

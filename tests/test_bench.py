@@ -433,6 +433,28 @@ def test_two_recipes_of_one_name_are_refused(tiny_model: Path, tiny_protocol: Pa
         bench.plan([str(recipe), str(recipe)], model=str(tiny_model), protocol=str(tiny_protocol), folder=tmp_path)
 
 
+def test_a_model_given_goes_before_what_recipes_name(tiny_model: Path, tiny_protocol: Path, tmp_path: Path) -> None:
+    planned = bench.plan(["few-steps"], model=str(tiny_model), protocol=str(tiny_protocol), folder=tmp_path)
+    assert planned.model == str(tiny_model)
+    assert [recipe.model for recipe in planned.recipes] == [str(tiny_model)]
+    other = tmp_path / "fewer.toml"
+    other.write_text(FEWER.format(model=tiny_model))
+    with pytest.raises(ValueError, match="say with --model"):
+        bench.plan(["few-steps", str(other)], protocol=str(tiny_protocol), folder=tmp_path)
+
+
+def test_more_seeds_are_rows_of_what_trains_and_every_row_has_its_own_command(tmp_path: Path) -> None:
+    planned = bench.plan(["few-steps", "finetune-control"], protocol="study", seeds=2, images=64, folder=tmp_path)
+    commands = {row.name: " ".join(row.command) for row in planned.rows()}
+    options = "--protocol study --images 64 --seeds 2"
+    assert commands == {
+        BASELINE: f"slimdit bench few-steps finetune-control {options}",
+        "A/A": f"slimdit bench few-steps finetune-control {options}",
+        "few-steps": f"slimdit bench few-steps {options}",
+        "finetune-control": f"slimdit bench finetune-control {options}",
+        "finetune-control-seed1": f"slimdit bench finetune-control {options}"}
+
+
 def test_shipped_protocols_read_and_round_trip() -> None:
     assert {"quick", "standard"} <= set(shipped_protocols())
     for name in shipped_protocols():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimdit.report.charts import curve_svg, grid_png, heat_map_svg
+from slimdit.report.charts import Point, Series, curve_svg, grid_png, heat_map_svg, label_places, overlap, plot_svg
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -65,7 +65,7 @@ def test_a_curve_is_whole_svg_that_rises_where_the_numbers_rise(log_y: bool) -> 
 @pytest.mark.parametrize(("points", "log_y"), [([], False), ([(0.0, 1.0), (1.0, float("nan"))], False),
                                                ([(0.0, 1.0), (1.0, 0.0)], True)])
 def test_what_makes_no_curve_is_refused(points: list, log_y: bool) -> None:
-    with pytest.raises(ValueError, match="curve"):
+    with pytest.raises(ValueError, match="plot"):
         curve_svg(points, log_y=log_y)
 
 
@@ -91,3 +91,37 @@ def test_a_heat_map_shades_by_size_and_leaves_zero_blank() -> None:
 def test_a_heat_map_needs_a_sound_value_in_each_cell(values: list, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         heat_map_svg(["a"], ["x", "y"], values)
+
+
+def test_a_plot_has_every_point_with_its_bars_and_its_name_inside_the_page() -> None:
+    points = [Point(1.0, 20.0, (0.9, 1.2), (18.0, 23.0), "base <1>"), Point(3.0, 60.0, None, (50.0, 70.0), "fast"),
+              Point(2.0, 40.0, name="behind", hollow=True)]
+    series = [Series(points), Series(points[:2], name="front", line="dotted", marks=False)]
+    root = ElementTree.fromstring(plot_svg(series, x="speed", y="distance", log_x=True, log_y=True, title="a plot"))
+    space = "{http://www.w3.org/2000/svg}"
+    circles = [(float(circle.attrib["cx"]), float(circle.attrib["cy"])) for circle in root.iter(f"{space}circle")]
+    assert circles[0][0] < circles[2][0] < circles[1][0] and circles[0][1] > circles[2][1] > circles[1][1]
+    assert all(0 <= x <= 760 and 0 <= y <= 440 for x, y in circles)
+    texts = [element.text for element in root.iter(f"{space}text")]
+    assert {"base <1>", "fast", "speed", "distance", "a plot"} <= set(texts) and "behind" not in texts
+    bars = [line for line in root.iter(f"{space}line") if "stroke-opacity" in line.attrib]
+    assert len(bars) == 3
+    assert "stroke-dasharray" in root.find(f"{space}polyline").attrib  # type: ignore[union-attr]
+
+
+def test_several_series_have_a_legend_and_colors_of_their_own() -> None:
+    series = [Series([Point(1, 1), Point(2, 2)], name=name, line="solid") for name in ("one", "two")]
+    root = ElementTree.fromstring(plot_svg(series))
+    space = "{http://www.w3.org/2000/svg}"
+    assert len({line.attrib["stroke"] for line in root.iter(f"{space}polyline")}) == 2
+    assert {"one", "two"} <= {element.text for element in root.iter(f"{space}text")}
+
+
+def test_names_keep_clear_of_each_other_where_there_is_room() -> None:
+    places = {str(number): (100.0, 100.0 + 9 * number) for number in range(4)}
+    found = label_places(places, dict.fromkeys(places, "a name"), 6.0, 12.0)
+    boxes = []
+    for x, y, anchor in found.values():
+        left = x - {"start": 0, "end": 36, "middle": 18}[anchor]
+        boxes.append((left, y - 9, left + 36, y + 3))
+    assert sum(overlap(one, other) for one in boxes for other in boxes if one is not other) < 36 * 12

@@ -11,8 +11,8 @@ from slimdit.context import Context, Refused
 from slimdit.formats import load
 from slimdit.methods.distill import Distill
 from slimdit.methods.quantize import Quantize
-from slimdit.models.dit import DiT, uniform
-from slimdit.models.surgery import enlarge_patch, keep_blocks
+from slimdit.models.dit import DiT, preset, uniform
+from slimdit.models.surgery import block_macs, enlarge_patch, keep_blocks
 from slimdit.recipe import Recipe, apply, config_mismatch, fingerprint, rehearse, run
 from slimdit.sampling.process import NoiseProcess
 from slimdit.training import student
@@ -227,3 +227,36 @@ def test_a_rehearsal_takes_a_step_or_two():
 def test_bad_options_are_refused_at_once(options, sentence):
     with pytest.raises(ValueError, match=re.escape(f"distill: {sentence}")):
         Distill(**options)
+
+
+@pytest.mark.parametrize(("config", "share"), [(preset("XS/4", input_size=(32, 32), channels=1, classes=10), 0.5),
+                                               (preset("XS/4", input_size=(32, 32), channels=1, classes=10), 0.25),
+                                               (preset("S/2"), 0.4), (DEEP, 0.7)])
+def test_a_share_of_the_computation_is_met_with_the_fewest_blocks(config, share):
+    sized = Distill(macs=share).sized(config)
+    depth = len(config.blocks)
+    assert sized.macs is None and sized.blocks == -(-depth * share // 1)
+    kept = config.blocks[:sized.blocks]
+    units = [sized.mlp * block.mlp_width for block in kept]
+    whole = block_macs(config, [block.mlp_width for block in config.blocks], [block.heads for block in config.blocks])
+    smaller = block_macs(replace(config, blocks=kept), units, [block.heads for block in kept])
+    assert smaller / whole == pytest.approx(share, abs=1e-6)
+
+
+def test_a_student_by_computation_is_built_and_reloads(tmp_path):
+    built, _ = apply_once(Distill(macs=0.5, steps=0, features=0.0), small_pipeline(DEEP), tmp_path)
+    assert not config_mismatch(built.model)
+    assert len(built.model.config.blocks) == -(-len(DEEP.blocks) // 2)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"macs": 0.5, "blocks": 2}, "either it or them"), ({"macs": 0.0}, "macs is a share"),
+    ({"macs": 1.5}, "macs is a share"), ({"macs": True}, "macs is a share")])
+def test_a_share_that_is_none_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Distill(**options)
+
+
+def test_a_share_below_what_attention_takes_is_refused():
+    with pytest.raises(Refused, match="without their MLPs"):
+        Distill(macs=0.01).sized(preset("S/2"))

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.record import table as benchmark_table
-from slimdit.bench import read_records, update_table
+from slimdit.bench import read_records, update_page
 from slimdit.report.render import update_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_the_readme_has_its_table_between_markers_below_the_command():
 def test_tables_are_what_their_records_give(page, name, tmp_path):
     copy, folder = tmp_path / "page.md", ROOT / "results" / name
     copy.write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    update_table(copy, name, folder, read_records(folder))
+    update_page(copy, name, folder, read_records(folder))
     assert copy.read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8"), "make tables"
 
 

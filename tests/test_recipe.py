@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from slimdit.context import Context, Refused, require
 from slimdit.methods import METHODS
 from slimdit.methods.compile import Compile
+from slimdit.methods.finetune import Finetune
+from slimdit.methods.prune_width import PruneWidth
 from slimdit.methods.quantize import Quantize
 from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.dit import DiT, uniform
@@ -243,3 +245,13 @@ def test_a_killed_run_resumes_at_the_first_unfinished_method_and_ends_the_same(t
         run(recipe, small_pipeline(), Context(small_pipeline(), folder, seed=1), resume=True)
     with pytest.raises(ValueError, match="another recipe"):
         run(Recipe("other", (Compile(),)), small_pipeline(), Context(small_pipeline(), folder), resume=True)
+
+
+def test_another_seed_reaches_every_method_that_has_one_and_its_controls() -> None:
+    first = Recipe("student", (PruneWidth(mlp=0.5), Quantize(weights="int8"), Finetune(steps=1, seed=3)),
+                   controls=("plain",))
+    second = first.reseeded(2)
+    assert second is not None and second.name == "student-seed2" and second.controls == ("student", "plain-seed2")
+    width, packed, tuned = second.methods
+    assert (width.seed, packed, tuned.seed) == (2, Quantize(weights="int8"), 5)  # type: ignore[attr-defined]
+    assert Recipe("packed", (Quantize(weights="int8"),)).reseeded(1) is None

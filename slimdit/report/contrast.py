@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from ..files import write_json
 from .record import STRICT, Record, Value, content_hash
-from .render import Cell, Heading, Metrics, Row, Table, better, cell, heading
+from .render import Cell, Heading, Metrics, Row, Table, better, cell, distances, heading
 
 SCHEMA = 1
 
@@ -74,11 +74,10 @@ def contrast_table(contrasts: Sequence[Contrast], records: Sequence[Record], met
     A difference of which the interval holds zero tells nothing apart.
     """
     named = {record.name: record for record in records}
-    distances = [name for name in dict.fromkeys(name for one in contrasts for name in one.differences)
-                 if name.endswith("_difference") and name.startswith(("fid", "sfid", "fd_"))]
-    counts = {value.n for one in contrasts for name, value in one.differences.items() if name in distances}
+    judged = [f"{name}_difference" for name in distances(records)]
+    counts = {value.n for one in contrasts for name, value in one.differences.items() if name in judged}
     heads = [Heading(name, heading(name, [], metrics).title, better(name, metrics),
-                     counts.pop() if len(counts) == 1 else None) for name in distances]
+                     counts.pop() if len(counts) == 1 else None) for name in judged]
     costs = [heading(name, [], metrics) for name in ("run_macs", "parameters", "trained_images", "training_seconds")]
 
     def line(one: Contrast) -> Row:
@@ -92,11 +91,12 @@ def contrast_table(contrasts: Sequence[Contrast], records: Sequence[Record], met
 
 def says(contrast: Contrast, heads: Sequence[Heading]) -> str:
     """`better`, `worse` or `not told apart` for each distance, once where they agree."""
-    return "; ".join(dict.fromkeys(_side(contrast.differences[head.name], head) for head in heads
+    return "; ".join(dict.fromkeys(side(contrast.differences[head.name], head) for head in heads
                                    if head.name in contrast.differences))
 
 
-def _side(value: Value, head: Heading) -> str:
+def side(value: Value, head: Heading) -> str:
+    """`better`, `worse`, or `not told apart` where the interval of a difference holds zero."""
     if value.low is None or value.high is None or value.low <= 0 <= value.high:
         return "not told apart"
     return "better" if (value.high < 0) == (head.better == "lower") else "worse"

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .charts import routing_svg
+from .charts import overlap, routing_svg
 from .page import SCRIPT, STYLE
 from .pareto import front
 from .record import AA, BASELINE, Record, Value, in_order
@@ -217,18 +217,9 @@ def _label_positions(places: Mapping[str, tuple[float, float]]) -> dict[str, str
         boxes = {f"{vertical} {side}": (x + start, y + bottom, x + start + width, y + bottom + 18)
                  for side, start in (("right", 6), ("left", -6 - width), ("center", -width / 2))
                  for vertical, bottom in (("top", 5), ("bottom", -23))}
-        positions[name] = min(boxes, key=lambda place: sum(_overlap(boxes[place], box) for box in taken))
+        positions[name] = min(boxes, key=lambda place: sum(overlap(boxes[place], box) for box in taken))
         taken.append(boxes[positions[name]])
     return positions
-
-
-Box = tuple[float, float, float, float]
-
-
-def _overlap(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
 
 
 def _error_bars(values: Sequence[Value]) -> dict[str, Any]:

@@ -81,10 +81,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows, ready to be drawn anywhere."""
+    """Headings and rows, ready to be drawn anywhere.
+
+    Attributes:
+        first: what the column of the rows' names is called.
+        last: what that of their notes is called; None leaves it out.
+    """
 
     headings: tuple[Heading, ...]
     rows: tuple[Row, ...]
+    first: str = "row"
+    last: str | None = "verdict"
 
 
 def table(records: Sequence[Record], metrics: Metrics, columns: Sequence[str] | None = None) -> Table:
@@ -125,9 +132,11 @@ def markdown(records: Sequence[Record], metrics: Metrics, columns: Sequence[str]
 
 def as_markdown(content: Table) -> str:
     """A table in GitHub's Markdown."""
-    lines = [["row", *(str(head) for head in content.headings), "verdict"],
+    lines = [[content.first, *(str(head) for head in content.headings), content.last or ""],
              ["---", *("---:" for _ in content.headings), "---"],
              *([row.name, *(str(cell) for cell in row.cells), row.note] for row in content.rows)]
+    if content.last is None:
+        lines = [line[:-1] for line in lines]
     return "\n".join("| " + " | ".join(_markdown_text(text) for text in line) + " |" for line in lines)
 
 
@@ -185,6 +194,12 @@ def main_columns(records: Sequence[Record]) -> list[str]:
     """Those of `COLUMNS` that some record has, each followed by its difference to the baseline."""
     candidates = [name for column in COLUMNS for name in (column, f"{column}_difference")]
     return [name for name in candidates if any(record.quantity(name) for record in records)]
+
+
+def distances(records: Sequence[Record]) -> list[str]:
+    """The distribution distances that any record has: what quality is judged by."""
+    return [name for name in dict.fromkeys(name for record in records for name in record.metrics)
+            if name.startswith(("fid", "sfid", "fd_"))]
 
 
 def heading(name: str, records: Sequence[Record], metrics: Metrics) -> Heading:
