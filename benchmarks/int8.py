@@ -86,7 +86,11 @@ def random_model(name: str, device: str = "cpu") -> DiT:
     """A preset with weights of a trained model's size; the paper's initialisation would leave every block silent."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = DiT(preset(name)).eval()
+        return fill(DiT(preset(name)).eval())
+
+
+def fill(model: DiT) -> DiT:
+    """A model with weights of a trained one's size."""
     for label, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.05 if "adaLN" in label else 0.02)

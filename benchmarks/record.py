@@ -18,8 +18,11 @@ from typing import Any
 from slimdit.files import write_json
 from slimdit.report.render import update_markdown
 
+from . import growth
+
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = PAGE.parents[1] / "results" / "benchmarks"
+DRAWN = {"growth": growth.draw}  # those with pictures
 
 
 def main() -> None:
@@ -32,7 +35,10 @@ def main() -> None:
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         write_json(RESULTS / f"{name}.json", json.loads(told.stdout.splitlines()[-1]))
     for path in sorted(RESULTS.glob("*.json")):
-        update_markdown(PAGE, path.stem, table(json.loads(path.read_text(encoding="utf-8"))))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        update_markdown(PAGE, path.stem, table(document))
+        if path.stem in DRAWN:
+            DRAWN[path.stem](document, RESULTS)
 
 
 def table(document: dict[str, Any]) -> str:

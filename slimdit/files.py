@@ -83,14 +83,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_tensors(path: Path, *, mapped: bool = True,
-                 repeats: Callable[[str], str] = str) -> tuple[dict[str, Tensor], dict[str, str]]:
+Part = tuple[str, int, int]
+"""The tensor that another is a part of, its place among the parts, and how many there are."""
+
+
+def read_tensors(path: Path, *, mapped: bool = True, repeats: Callable[[str], str] = str,
+                 part_of: Callable[[str], Part | None] = lambda name: None,
+                 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Args:
         mapped: whether tensors are views of the mapped file, whose pages count as held from when they are read until
             the last view is gone. Else each is copied into memory of its own, but floats of half precision.
         repeats: a tensor's name to that of one it may repeat; what is copied is held once where the two are equal.
+        part_of: a tensor's name to that of one it is part of, along the first axis, which is read in its place where
+            the file has all parts and they are alike: joining them afterwards would hold them twice.
 
     Raises:
         ValueError: the file is truncated or not safetensors.
@@ -104,13 +111,40 @@ def read_tensors(path: Path, *, mapped: bool = True,
             views = {name: file.get_tensor(name) for name in names if mapped}
         if mapped:
             return views, metadata
-        copies: dict[str, Tensor] = {}
+        copies = _joined(path, names, part_of)
         for name in names:
+            if (part := part_of(name)) and part[0] in copies:
+                continue
             copy, before = _copied(path, name), copies.get(repeats(name))
             copies[name] = before if before is not None and torch.equal(copy, before) else copy
         return copies, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
+
+
+def _joined(path: Path, names: list[str], part_of: Callable[[str], Part | None]) -> dict[str, Tensor]:
+    """The tensors that a file has all parts of, each part read into its place."""
+    from safetensors import safe_open
+
+    wholes: dict[str, dict[int, str]] = {}
+    counts: dict[str, int] = {}
+    for name in names:
+        if part := part_of(name):
+            whole, place, counts[whole] = part
+            wholes.setdefault(whole, {})[place] = name
+    made: dict[str, Tensor] = {}
+    for whole, parts in wholes.items():
+        with safe_open(path, framework="pt") as file:  # mapped for one at a time, as in `_copied`
+            headers = {(tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
+                       for name in parts.values()}
+            if len(parts) < counts[whole] or len(headers) > 1 or not all(shape for shape, _ in headers):
+                continue
+            for place, name in parts.items():
+                tensor = file.get_tensor(name)
+                if whole not in made:
+                    made[whole] = tensor.new_empty(counts[whole] * len(tensor), *tensor.shape[1:])
+                made[whole][place * len(tensor):(place + 1) * len(tensor)] = tensor
+    return made
 
 
 def _copied(path: Path, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write_json, write_tensors, write_text
+from ..files import Part, write_json, write_tensors, write_text
 from ..models.autoencoder import Autoencoder, KLAutoencoder, PixelSpace
 from ..models.dit import BlockConfig, DiTConfig, TimestepEmbedder, position_embedding, preset_name
 from ..pipeline import Pipeline
@@ -77,7 +77,7 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
     stored = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in stored:
-        part = read_safetensors(file, of_block_0) if file.suffix == ".safetensors" else read_pickled(file)
+        part = read_safetensors(file, of_block_0, of_qkv) if file.suffix == ".safetensors" else read_pickled(file)
         if not isinstance(part, Mapping) or not all(isinstance(value, Tensor) for value in part.values()):
             raise FormatError(f"{file} does not hold weights by name: is it a diffusers model?")
         check_tensors(part, file)
@@ -101,6 +101,13 @@ def load(path: Path, *, weights: str = "ema", heads: int | None = None) -> Loade
 def of_block_0(name: str) -> str:
     """Block 0's name of an embedder that every block has a copy of; other names as they are."""
     return re.sub(rf"^{BLOCK}\.\d+\.norm1\.emb\.", f"{BLOCK}.0.norm1.emb.", name)
+
+
+def of_qkv(name: str) -> Part | None:
+    """The projection that attention's queries, keys and values are parts of."""
+    if found := re.fullmatch(rf"({BLOCK}\.\d+\.attn1\.)to_([qkv])\.(weight|bias)", name):
+        return f"{found[1]}to_qkv.{found[3]}", "qkv".index(found[2]), 3
+    return None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -180,8 +187,10 @@ def from_diffusers(left: dict[str, Tensor], config: DiTConfig, path: Path) -> di
                                           f"blocks, so this model was changed in a way that slimdit does not know", 3)
                 ours.update((name, left.pop(theirs)) for name, theirs in block_names(block))
             for kind in ("weight", "bias"):
-                parts = [left.pop(f"{BLOCK}.{block}.attn1.to_{part}.{kind}") for part in "qkv"]
-                ours[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+                joined = left.pop(f"{BLOCK}.{block}.attn1.to_qkv.{kind}", None)
+                if joined is None:  # they are in several files, or in a pickled one
+                    joined = torch.cat([left.pop(f"{BLOCK}.{block}.attn1.to_{part}.{kind}") for part in "qkv"])
+                ours[f"blocks.{block}.attn.qkv.{kind}"] = joined
     except KeyError as error:
         raise FormatError(f"{path} does not fit its config: {error.args[0]} is missing") from error
     except (RuntimeError, TypeError) as error:

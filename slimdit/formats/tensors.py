@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import read_tensors
+from ..files import Part, read_tensors
 from ..models.dit import DiT, DiTConfig
 from ..models.experts import TimestepExperts
 from ..pipeline import Pipeline
@@ -78,18 +78,19 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def read_safetensors(path: Path, repeats: Callable[[str], str] = str) -> dict[str, Tensor]:
+def read_safetensors(path: Path, repeats: Callable[[str], str] = str,
+                     part_of: Callable[[str], Part | None] = lambda name: None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which cannot declare more bytes than it has, in memory of their own.
 
     Args:
-        repeats: as `read_tensors` takes it.
+        repeats, part_of: as `read_tensors` takes them.
 
     Raises:
         FormatError: the file is missing, truncated, foreign or oversized.
     """
     check_size(path)
     try:
-        return read_tensors(path, mapped=False, repeats=repeats)[0]
+        return read_tensors(path, mapped=False, repeats=repeats, part_of=part_of)[0]
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         sentence = str(error) if isinstance(error, ValueError) else f"{path} cannot be read ({error})"
         raise FormatError(sentence) from error
