@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -36,6 +37,8 @@ err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: cuda where there is one]")]
+Compile = Annotated[str | None, typer.Option("--compile", metavar="yes|no|auto", help="Whether to compile the model; "
+                                             "auto: where it pays. [default: as the model says]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the model says]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, for how long and in how much room.")]
@@ -158,7 +161,7 @@ def sample(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
     autoencoder: Vae = None,
-    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    compile_model: Compile = None,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
     """Make images: PNG files, a grid, or ADM's `.npz`.
@@ -166,10 +169,15 @@ def sample(
     Under `accelerate launch -m slimdit.cli sample ...` many processes share them, and one folder.
     """
     from .commands import sample_images
+    from .compiling import as_asked
 
-    pipeline = _load(model, device, dtype, weights, heads, autoencoder, compile_model,
+    began = time.perf_counter()
+    pipeline = _load(model, device, dtype, weights, heads, autoencoder,
                      steps=steps, solver=solver, spacing=spacing, guidance=guidance)
-    _answer(sample_images(pipeline, images, folder, form, label, batch, seed, resume, dry_run, _progress),
+    loaded = time.perf_counter() - began
+    if not dry_run:
+        pipeline = as_asked(pipeline, compile_model, images, batch, err.print)
+    _answer(sample_images(pipeline, images, folder, form, label, batch, seed, resume, dry_run, _progress, loaded),
             as_json)
 
 
@@ -189,7 +197,7 @@ def evaluate(
     folder: Annotated[Path, typer.Option("--out", help="Where samples are kept.")] = Path("runs/evaluate"),
     seed: Seed = 0, device: Device = None, dtype: Dtype = None, weights: Weights = "ema", heads: Heads = None,
     autoencoder: Vae = None,
-    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model first.")] = False,
+    compile_model: Compile = None,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
     """Quality and cost of one model, paired with another where given.
@@ -199,6 +207,7 @@ def evaluate(
     Under `accelerate launch -m slimdit.cli evaluate ...` many processes share the images, and one folder.
     """
     from .commands import check_conformance, evaluate_model
+    from .compiling import as_asked
 
     if conformance is not None and model is None:
         told = check_conformance(conformance, feature_weights, download, batch, _device(device), dry_run, _progress)
@@ -210,8 +219,9 @@ def evaluate(
         raise ValueError("evaluate: give a model or an .npz of samples, or --conformance with a folder, and not both")
 
     def open_model(source: str) -> Pipeline:
-        return _load(source, device, dtype, weights, heads, autoencoder, compile_model,
-                     steps=steps, solver=solver, spacing=spacing, guidance=guidance)
+        opened = _load(source, device, dtype, weights, heads, autoencoder,
+                       steps=steps, solver=solver, spacing=spacing, guidance=guidance)
+        return opened if dry_run else as_asked(opened, compile_model, images, batch, err.print)
 
     _answer(evaluate_model(model, against, open_model, reference=reference, features=features,
                            feature_weights=feature_weights, download=download, images=images, batch=batch,
@@ -430,7 +440,7 @@ def list_(
 
 
 def _load(source: str, device: str | None, dtype: str | None, weights: str, heads: int | None,
-          autoencoder: str | None = None, compile_model: bool = False, **sampling: Any) -> Pipeline:
+          autoencoder: str | None = None, **sampling: Any) -> Pipeline:
     from dataclasses import replace
 
     from .formats import load
@@ -441,8 +451,6 @@ def _load(source: str, device: str | None, dtype: str | None, weights: str, head
         pipeline = pipeline.replace(autoencoder=KLAutoencoder(autoencoder))
     pipeline = pipeline.to(_device(device))
     changes: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    if compile_model:
-        changes["compile"] = True
     wanted = {name: value for name, value in sampling.items() if value is not None}
     return pipeline.replace(runtime=replace(pipeline.runtime, **changes), sampling=pipeline.sampling.revised(**wanted))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .compiling import warm_up
 from .files import write_json, write_text, writing
 from .formats import describe, load, save
 from .metrics import METRICS
@@ -41,8 +43,10 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def sample_images(pipeline: Pipeline, count: int, folder: Path, form: str, label: int | None, batch: int, seed: int,
-                  resume: bool, dry_run: bool, bar: Bar) -> dict[str, Any]:
+                  resume: bool, dry_run: bool, bar: Bar, loaded: float = 0.0) -> dict[str, Any]:
     """Make `count` images and write them as PNG files, a grid or ADM's `.npz`.
+
+    `seconds` are told apart: set-up (`loaded`, which it took to load the model), compiling, and sampling with neither.
 
     Raises:
         ValueError: the form is unknown, or the folder holds images already.
@@ -56,25 +60,39 @@ def sample_images(pipeline: Pipeline, count: int, folder: Path, form: str, label
     together = workers()
     origin = {"model": pipeline.name, "sampling": pipeline.sampling.to_dict(), "runtime": asdict(pipeline.runtime)}
     sampled = SampleSet(folder / "shards", count, seed, batch, origin, label)
-    sample_together(sampled, pipeline, resume, together, partial(bar, "sampling"))
+    begin_together(sampled, resume, together)
+    compiling = [0.0]
+    began = time.perf_counter()
+    sample_together(sampled, pipeline, together, partial(bar, "sampling"),
+                    lambda: compiling.append(warm_up(pipeline, batch)))
+    seconds = {"set-up": loaded, "compile": sum(compiling), "sample": time.perf_counter() - began - sum(compiling)}
     if not together.first:
         return told
+    told["seconds"] = {name: round(spent, 3) for name, spent in seconds.items()}
     images, labels = sampled.read()
     return {**told, "files": write_images(images, labels, folder, form), "sha256": fingerprint(images)}
 
 
-def sample_together(sampled: SampleSet, pipeline: Pipeline, resume: bool, together: Workers,
-                    bar: Callable[[int], AbstractContextManager]) -> None:
-    """Make a set of images, this worker's part of it; they are all there when this returns.
+def begin_together(sampled: SampleSet, resume: bool, together: Workers) -> None:
+    """Refuse a folder that holds images, unless it is to be gone on with, before anything is made.
 
     Raises:
-        ValueError: the folder holds images of something else, or is not to be gone on with.
+        FileExistsError: it does.
     """
     if together.first:
         begin_folder(sampled.folder, resume)
     together.wait()
+
+
+def sample_together(sampled: SampleSet, pipeline: Pipeline, together: Workers,
+                    bar: Callable[[int], AbstractContextManager], before: Callable[[], None] = lambda: None) -> None:
+    """Make a set of images, this worker's part of it; they are all there when this returns.
+
+    Raises:
+        ValueError: the folder holds images of something else.
+    """
     with bar(sampled.count) as progress:
-        sampled.make(pipeline, progress, worker=together.index, workers=together.count)
+        sampled.make(pipeline, progress, worker=together.index, workers=together.count, before=before)
     together.wait()
 
 
@@ -174,7 +192,8 @@ def make_and_see(source: str, pipeline: Pipeline, folder: Path, network: Extract
 
     sampled = SampleSet(folder, count, seed, batch, {"model": source, "sampling": pipeline.sampling.to_dict(),
                                                      "runtime": asdict(pipeline.runtime)})
-    sample_together(sampled, pipeline, resume, together, partial(bar, f"sampling {source}"))
+    begin_together(sampled, resume, together)
+    sample_together(sampled, pipeline, together, partial(bar, f"sampling {source}"))
     features = FeatureSet(folder / f"features-{network.name}", count, network, sampled.shards.digest())
     with bar(f"features of {source}", count) as progress:
         features.make(sampled.images, progress, worker=together.index, workers=together.count)

@@ -136,6 +136,7 @@ def baseline_pipeline(row: Row) -> Pipeline:
 
 def measure(row: Row) -> Record:
     """Sample, judge and time the row's saved model, and write its record."""
+    from .compiling import warm_up
     from .formats import load
     from .metrics.speed import resident_bytes
 
@@ -146,6 +147,8 @@ def measure(row: Row) -> Record:
         pipeline = load(row.saved).to(row.device)
     metrics: dict[str, Value] = {}
     if row.timed:
+        with watch.stage("compile"):
+            warm_up(pipeline, max(row.protocol.latency_batches))
         with watch.stage("memory"):
             metrics["peak_memory"] = peak_memory(row, pipeline, started)
     with watch.stage("sample"):

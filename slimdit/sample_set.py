@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,20 @@ class SampleSet:
     label: int | None = None
 
     def make(self, pipeline: Pipeline, progress: Callable[[int], None] | None = None, *, worker: int = 0,
-             workers: int = 1) -> None:
+             workers: int = 1, before: Callable[[], None] = lambda: None) -> None:
         """Sample this worker's part of the images that are not there yet; see `Shards.fill`.
+
+        Args:
+            before: called once before the first of them, and not at all where none is missing.
 
         Raises:
             ValueError: the folder holds the images of something else.
         """
         self.shards.begin()
+        ready = cache(before)
 
         def sample(ids: range) -> dict[str, np.ndarray]:
+            ready()
             labels = (image_labels(self.seed, ids, pipeline.model.config.classes).numpy() if self.label is None
                       else np.full(len(ids), self.label))
             images = pipeline.sample(ids, seed=self.seed, batch=self.batch, labels=labels.tolist())

@@ -12,7 +12,7 @@ FLOORS = [
     {"files", "strict", "workers", "answers"},
     {"models", "sampling", "report", "protocol", "shards"},
     {"pipeline"},
-    {"metrics", "training", "formats", "sample_set"},
+    {"metrics", "training", "formats", "sample_set", "compiling"},
     {"context"},
     {"allocation"},
     {"methods"},
