@@ -54,20 +54,21 @@ methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped
 
 study: $(INSTALLED) ## measure what results/study and results/study-xs4 lack: all five families, five hours
 	$(BIN)/slimdit bench $(STUDY) --protocol study --out results/study --resume
-	$(BIN)/slimdit bench $(TABLE) --model results/bases/xs4 --protocol study --out results/study-xs4 --resume
 	$(BIN)/slimdit bench $(CONCLUSIONS) --seeds 2 --protocol study --out results/study --resume
+	$(BIN)/slimdit bench $(TABLE) --model results/bases/xs4 --protocol study --out results/study-xs4 --resume
 
 steps: $(INSTALLED) ## measure what results/steps lacks: ten steps beside the published 250 of DDPM, half an hour
 	$(BIN)/slimdit bench slimdit/assets/recipes/steps/*.toml --protocol published --out results/steps --resume
 
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 sampling_run historical attention attention_kinds few_rows load_memory startup \
-	  measuring bootstrap
+	$(BIN)/python -m benchmarks.record int8 sampling_run historical peers compiling growth attention attention_kinds few_rows \
+	  load_memory startup measuring bootstrap
 
 tables: $(INSTALLED) ## render the tables of README, docs/ and benchmarks/README.md from their records
 	$(BIN)/slimdit report results/demo --update README.md
 	$(BIN)/slimdit report results/methods --update docs/methods.md --name methods
-	$(BIN)/slimdit report results/study --update docs/study.md --name study
+	$(BIN)/slimdit report results/study --update docs/study.md --name study --figures docs/figures/study
+	$(BIN)/slimdit report results/study --update README.md --name study
 	$(BIN)/slimdit report results/steps --update docs/steps.md --name steps
 	$(BIN)/python -m benchmarks.record
 

@@ -6,8 +6,9 @@ Every step of the published way takes as long as any other, so some are timed an
 of all 250. It computes adaLN in every step. `eager float32` is PyTorch's own products, which leave the vectors of some
 processors unused; `packed float32` uses them, by oneDNN, its weights laid out for that beforehand; `eager TF32` is what
 a GPU's tensor cores make of it. All are what a speed-up is often quoted against, and none is what slimdit calls its
-baseline: that is the compiled model in its best float type at 50 DDIM steps. A preset has random weights, which no time
-depends on: what the recipe costs in quality is measured on the bundled model by `slimdit bench`.
+baseline: that is the compiled model in its best float type at 50 DDIM steps. A recipe that trains is trained first, on
+the data that it names, so it is for models of such data. A preset has random weights, which no time depends on: what
+the recipe costs in quality is measured on the bundled model by `slimdit bench`.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ from .result import compare, settle, show
 from .sampling_run import whole
 
 STEPS = 250  # of the published way
+RUNS = (("bundled", "lean"), ("bundled", "lean-6"), ("bundled", "guided-lean"), ("S/2", "lean"), ("S/2", "lean-6"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time recipes against DiT's published way of sampling.")
-    parser.add_argument("--models", nargs="+", default=["bundled", "S/2"])
-    parser.add_argument("--recipes", nargs="+", default=["lean"])
+    parser.add_argument("--models", nargs="+", default=["bundled"])
+    parser.add_argument("--recipes", nargs="+", help="each with every model, instead of some that are told apart")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--timed", type=int, default=4, help="steps of the published way that are timed")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    show("historical", [row for model, recipe in product(options.models, options.recipes)
+    runs = product(options.models, options.recipes) if options.recipes else RUNS
+    show("historical", [row for model, recipe in runs
                         for row in measure(model, recipe, options.images, options.timed, options.rounds)])
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +146,72 @@ def test_slope_and_crossover_of_attention_are_said_of_the_whole_series():
     assert room.crossover(rows((1, 1, 1), (0.5, 1.2, 1.5))) == 256
     assert room.crossover(rows((1, 1, 1), (1.2, 1.005, 1.5))) == 1024  # not faster than the explicit form in between
     assert room.crossover(rows((1, 1, 1), (1.2, 1.5, 0.9))) is None
+
+
+def test_growth_is_timed_in_turn_and_drawn(monkeypatch, capsys, tmp_path):
+    room = importlib.import_module("benchmarks.growth")
+    held = {64: {"peak": 3000, "weights": 1000}, 256: {"peak": 9000, "weights": 1000}}
+    monkeypatch.setattr(room, "forward", lambda config, images: lambda: None)
+    monkeypatch.setattr(room, "in_turn", lambda calls, rounds: np.array([[1.0, 4.0], [1.0, 8.0], [1.0, 4.0]]))
+    monkeypatch.setattr(room, "in_fresh_process", lambda axis, size: held[size])
+    monkeypatch.setattr(sys, "argv", shlex.split("growth --axes tokens --sizes 64 256 --rounds 3"))
+    room.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first, second = document["rows"]
+    assert (first["seconds"], second["seconds"]) == (1.0, 4.0)
+    assert second["slope"] == 1.0 and second["memory_slope"] == 1.0 and "slope" not in first
+    assert first["all"] == "1.00 [1.00, 1.50]"
+    written, = room.draw(document, tmp_path)
+    assert written.name == "growth-tokens.svg" and "peak memory" in written.read_text()
+
+
+def test_what_grows_is_only_what_its_axis_says():
+    room = importlib.import_module("benchmarks.growth")
+    for axis, (sizes, model) in room.AXES.items():
+        assert len(sizes) >= 4
+        small, large = model(sizes[0]), model(sizes[1])
+        assert (small[1] != large[1]) == (axis == "batch")
+        assert (small[0].tokens != large[0].tokens) == (axis == "tokens")
+        assert (len(small[0].blocks) != len(large[0].blocks)) == (axis == "depth")
+        assert (small[0].width != large[0].width) == (axis == "width")
+        if axis == "tokens":
+            assert (small[0].tokens, large[0].tokens) == sizes[:2]
+
+
+def test_a_pass_is_measured_in_turn():
+    room = importlib.import_module("benchmarks.growth")
+    called = []
+    times = room.in_turn([lambda: called.append(0), lambda: called.append(1)], 3)
+    assert times.shape == (3, 2) and called == [0, 1] * 5
+
+
+def test_peers_make_the_same_latents(monkeypatch):
+    room = importlib.import_module("benchmarks.peers")
+    for name in ("with_torchao", "with_onnx_runtime", "with_openvino"):
+        monkeypatch.setattr(room, name, lambda *_: [])
+    monkeypatch.setattr(room, "compiled", lambda function: function)
+    config = uniform(depth=1, width=32, heads=2, patch=2, input_size=(4, 4), channels=4, classes=1000,
+                     frequency_shift=1)
+    rows = {row["a"]: row for row in room.measure(config, "tiny", images=2, steps=2, rounds=1)}
+    assert list(rows) == ["eager float32", "diffusers eager float32", "diffusers eager bfloat16",
+                          "diffusers compiled bfloat16"]
+    assert rows["eager float32"]["a_error"] < 1e-5 and rows["diffusers eager float32"]["a_error"] < 0.01
+    assert all(0 < row["low"] <= row["high"] for row in rows.values())
+
+
+def test_compiling_is_timed_apart_and_pays_from_where_it_saves_what_it_took(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.compiling")
+    told = iter([{"load": 0.1, "compile": 9.0}, {"load": 0.1, "compile": 3.0}] * 4)
+    monkeypatch.setattr(room, "in_fresh_process", lambda model, images, cache: next(told))
+    monkeypatch.setattr(room, "call", lambda *_: None)
+    monkeypatch.setattr(room, "compare", lambda a, b, rounds: {
+        "ratio": 1.5, "low": 1.4, "high": 1.6, "a_seconds": 0.3, "b_seconds": 0.2, "rounds": rounds})
+    monkeypatch.setattr(sys, "argv", shlex.split("compiling --models bundled --images 1 --repeats 2 --rounds 1"))
+    room.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["weights"] for row in rows] == ["bfloat16", "int8"] or rows[0]["weights"] == "float32"
+    assert all((row["cold"], row["warm"], row["load"]) == (9.0, 3.0, 0.1) for row in rows)
+    assert all((row["pays_from_cold"], row["pays_from_warm"]) == (90, 30) for row in rows)
 
 
 def test_the_memory_benchmark_compares_every_form_with_float32(monkeypatch, capsys):
