@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import load_file, save_file
 
 from slimdit import formats
+from slimdit.files import read_tensors, write_tensors
 from slimdit.formats import FormatError
 from slimdit.models.autoencoder import KLAutoencoder, PixelSpace, autoencoder_from_dict
 from slimdit.models.dit import BlockConfig, DiT, DiTConfig, preset, uniform
@@ -464,6 +465,21 @@ def test_a_folder_without_our_file_loads_too(pipeline, part, tmp_path):
     assert (output(again.model, schedule) - output(pipeline.model, schedule) - shift).abs().max() < 2e-5
     notes = " ".join(formats.describe(folder)["notes"])
     assert ("left aside" in notes) == (part == "stale sidecar")
+
+
+def test_parts_are_read_into_their_place_where_all_are_there_and_alike(tmp_path):
+    parts = {name: torch.randn(2, 3) for name in "qkv"}
+    others = {"q2": torch.randn(2, 3), "k2": torch.randn(2, 4), "v2": torch.randn(2, 3), "q3": torch.randn(2),
+              "b": torch.ones(1)}
+    write_tensors(tmp_path / "x.safetensors", {**parts, **others}, {})
+
+    def part_of(name):
+        return (f"whole{name[1:]}", "qkv".index(name[0]), 3) if name[0] in "qkv" else None
+
+    tensors, _ = read_tensors(tmp_path / "x.safetensors", mapped=False, part_of=part_of)
+    assert set(tensors) == {"whole", *others}
+    assert torch.equal(tensors["whole"], torch.cat([parts[name] for name in "qkv"]))
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 def test_sharded_weights_load_and_stay_in_their_folder(pipeline, tmp_path):
