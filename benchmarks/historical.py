@@ -64,7 +64,8 @@ def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> li
     with tempfile.TemporaryDirectory() as folder:
         context = Context(plain, Path(folder), device=device)
         baseline = Compile().apply(plain.replace(sampling=Sampling("ddim", 50, guidance=guidance)), context)
-        run(find(recipe), baseline, Context(baseline, Path(folder, "recipe"), device=device))
+        with torch.enable_grad():  # it may train
+            run(find(recipe), baseline, Context(baseline, Path(folder, "recipe"), device=device))
         ours = load(Path(folder, "recipe")).to(device)
         others = {"eager float32": lambda: whole(eager, images, eager.denoise),
                   **({"eager TF32": in_tf32(lambda: whole(eager, images, eager.denoise))} if device == "cuda" else
