@@ -71,6 +71,13 @@ def test_the_table_says_whether_the_promise_was_kept(speed: float, said: str) ->
     assert text.splitlines()[0].count("promised") == 5
 
 
+@pytest.mark.parametrize(("fd", "said"), [(60.0, "worse than promised"), (30.0, "better than promised")])
+def test_the_table_says_whether_quality_is_what_the_parts_came_to(fd: float, said: str) -> None:
+    records = [*bench()[:3], row("both", FEWER, INTEGERS, fd=fd, speed=3.0)]
+    assert said in as_markdown(stack_table(records, METRICS)).splitlines()[-1]
+    assert "than promised" not in as_markdown(stack_table(bench(), METRICS)).splitlines()[-1]
+
+
 def test_a_refused_stack_is_shown_with_its_reason() -> None:
     refused = Record("both", status="refused", reason="cannot be", recipe={"methods": [FEWER, INTEGERS]})
     line = as_markdown(stack_table([*bench()[:3], refused], METRICS)).splitlines()[-1]

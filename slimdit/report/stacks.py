@@ -101,12 +101,19 @@ def stack_table(records: Sequence[Record], metrics: Metrics) -> Table:
 
 
 def says(one: Stack, baseline: Record) -> str:
-    """Whether the stack is as fast as its parts promised, by the intervals of both."""
-    promised, measured = one.promised(RATIOS[0], baseline), one.row.quantity(RATIOS[0])
-    if promised is None or measured is None or None in (promised.low, promised.high, measured.low, measured.high):
+    """Whether a stack is as fast and as good as its parts promised, by the intervals of both."""
+    quality = [f"{name}_difference" for name in distances([baseline])][:1]
+    said = [_kept(one, baseline, RATIOS[0], "slower", "faster", "as fast as promised"),
+            *(_kept(one, baseline, name, "better", "worse", "") for name in quality)]
+    return "; ".join(filter(None, said))
+
+
+def _kept(one: Stack, baseline: Record, name: str, below: str, above: str, alike: str) -> str:
+    promised, measured = one.promised(name, baseline), one.row.quantity(name)
+    if promised is None or measured is None or promised.low is None or promised.high is None:
         return ""
-    assert promised.low is not None and promised.high is not None
-    assert measured.low is not None and measured.high is not None
+    if measured.low is None or measured.high is None:
+        return ""
     if measured.high < promised.low:
-        return "slower than promised"
-    return "faster than promised" if measured.low > promised.high else "as fast as promised"
+        return f"{below} than promised"
+    return f"{above} than promised" if measured.low > promised.high else alike
