@@ -58,3 +58,8 @@ def test_the_baseline_beside_which_a_row_is_judged_is_every_seeds_own() -> None:
     better = made_up("student", 36.0, 1.0)
     line, = seed_table([], [made_up(BASELINE, 38.0, 1.0), better, worse], METRICS).rows
     assert line.note == "depends on the seed: better, worse"
+
+
+def test_a_row_whose_other_seed_ended_badly_is_left_out() -> None:
+    failed = Record("student-seed1", status="interrupted", reason="stopped")
+    assert seed_table([], [*rows("student"), failed], METRICS).rows == ()

@@ -47,8 +47,9 @@ def seed_table(contrasts: Sequence[Contrast], records: Sequence[Record], metrics
         others = again.get(row.name, {})
         if not others or not names:
             continue
-        rows.append(line(row, BASELINE, [one.quantity(names[0]) if one else None
-                                         for one in (row, *(others.get(seed) for seed in seeds))]))
+        judged = [one.quantity(names[0]) if one else None for one in (row, *(others.get(seed) for seed in seeds))]
+        if all(value is not None for value in judged[:2]):
+            rows.append(line(row, BASELINE, judged))
         for control in dict.fromkeys(control for name, control in pairs if name == row.name):
             values = [_difference(pairs, (row.name, control), names[0]),
                       *(_difference(pairs, (f"{row.name}-seed{seed}", f"{control}-seed{seed}"), names[0])
