@@ -53,7 +53,7 @@ def choose(pipeline: Pipeline, images: int, batch: int) -> Choice:
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        call(plain, "forward", shapes(plain, batch)[0])
+        call(plain, "forward", shapes(plain, min(images, batch))[0])
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])
     return decide(ceil(images / batch) * sum(full_steps(plain.process, plain.sampling)), seconds,
