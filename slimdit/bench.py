@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .context import require
 from .files import read_kept, write_json, write_text
-from .protocol import Protocol, find_protocol, unlike
+from .protocol import CLOCK, Protocol, find_protocol, unlike
 from .recipe import Recipe, find, tour
 from .report.record import (
     AA,
@@ -91,7 +91,7 @@ class Plan:
             "rows": [row.name for row in self.rows()],
             "images per row": self.protocol.images,
             "protocol": self.protocol.to_dict(),
-            "processes": 2 * len(self.rows()),
+            "processes": sum(len(stages(row)) for row in self.rows()),
             "disk in MB, at most": round(len(self.rows()) * (2 * weights + 2_000_000) / 1e6, 1),
             "time limit per row in s": self.protocol.timeout_s,
             "out": str(self.folder),
@@ -150,20 +150,27 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(plan: Plan, *, resume: bool = False, console: Console | None = None) -> list[Record]:
+def run(plan: Plan, *, resume: bool = False, retime: bool = False, console: Console | None = None) -> list[Record]:
     """Measure every row that has no finished record yet, then write the table and the report.
+
+    Args:
+        resume: go on with what the folder holds.
+        retime: time finished rows again, as the protocol says now; with `resume`, but for those that this commit has
+            timed so already. What was measured of their images stays.
 
     Raises:
         ValueError: the folder belongs to another bench, or is being written by one.
         KeyboardInterrupt: passed on; finished rows stay finished.
     """
     with locked(plan.folder), terminated_as_interrupted():
-        begin(plan, resume)
+        begin(plan, resume, retime)
         rows = plan.rows()
         with progress_bars(console, len(rows)) as show:
             for row in rows:
                 if finished(row) is None or (row.name == BASELINE and is_needed_again(row, rows)):
                     measure_row(row, show)
+                elif retime and is_timed_again(row, resume):
+                    time_again(row, show)
                 show(row.name, "done", 1, 1)
                 if row.name == BASELINE and (ended := read(path_of(row))).status != "done":
                     raise ValueError(f"bench: the baseline, which every row is compared with, ended as {ended.status}: "
@@ -184,19 +191,30 @@ def is_needed_again(baseline: Row, rows: Sequence[Row]) -> bool:
     return True
 
 
-def begin(plan: Plan, resume: bool) -> None:
+def begin(plan: Plan, resume: bool, retime: bool = False) -> None:
     """Open the folder for this plan, or refuse one that holds another's."""
     path = plan.folder / "bench.json"
     identity = json.loads(json.dumps(plan.identity()))
     if path.exists():
-        if not resume:
+        if not resume and not retime:
             raise ValueError(f"{plan.folder} holds a bench: add --resume to go on with it, or name another folder "
                              "with --out")
         before = read_kept(path, dict)
+        before["protocol"] = in_full(before.get("protocol"))
+        if retime:
+            before["protocol"] |= {name: identity["protocol"][name] for name in CLOCK}
         if changed := [name for name in identity if before.get(name) != identity[name]]:
+            clock = changed == ["protocol"] and all(
+                name in CLOCK for name, value in identity["protocol"].items() if before["protocol"].get(name) != value)
             raise ValueError(f"{plan.folder} was begun with another {' and '.join(changed)}: use the same settings, "
-                             "or another folder with --out")
+                             + ("time its rows again with --retime, " if clock else "")
+                             + "or another folder with --out")
     write_json(path, identity)
+
+
+def in_full(protocol: Any) -> dict[str, Any]:
+    """A protocol as it was written down, with what it meant by settings that there were not yet."""
+    return {**{name: Protocol("").to_dict()[name] for name in CLOCK}, **(protocol or {})}
 
 
 def finished(row: Row) -> Record | None:
@@ -218,9 +236,10 @@ def measure_row(row: Row, show: Show) -> None:
     spec = row.home / "row.json"
     if spec.exists() and not is_left_by(row, spec):
         shutil.rmtree(row.home)
+    shutil.rmtree(row.timings, ignore_errors=True)
     write_json(spec, row.to_dict())
     deadline = time.monotonic() + row.protocol.timeout_s
-    for stage in ("prepare", "measure"):
+    for stage in stages(row):
         if stage == "prepare" and (row.maker.home / "witness.json").exists():
             continue
         show(row.name, stage, 0, 1)
@@ -231,6 +250,39 @@ def measure_row(row: Row, show: Show) -> None:
             raise
         if status != "done":
             write_failed(row, status, reason)
+            return
+
+
+def stages(row: Row) -> list[str]:
+    """The processes that measure a row."""
+    return ["prepare", *["clock"] * (row.protocol.processes if row.timed else 0), "measure"]
+
+
+def is_timed_again(row: Row, resume: bool) -> bool:
+    """Whether a finished row is to be timed: not if it never is, nor, to go on, if this commit has timed it so."""
+    record = read(path_of(row))
+    if not row.timed or record.status != "done":
+        return False
+    settings, now = row.protocol.to_dict(), provenance()
+    before = record.provenance.get("timed", record.provenance)
+    same = all(record.protocol.get(name) == settings[name] for name in CLOCK)
+    return not (resume and same and all(before.get(name) == now[name] for name in ("commit", "cpu")))
+
+
+def time_again(row: Row, show: Show) -> None:
+    """Time a finished row anew; one that cannot be keeps its record, and what is shown says why."""
+    if not all((one.saved / "model.safetensors").exists() for one in (row, row.baseline())):
+        show(row.name, "not timed: its model is gone", 1, 1)
+        return
+    shutil.rmtree(row.timings, ignore_errors=True)
+    spec = row.home / "retime.json"
+    write_json(spec, row.to_dict())
+    deadline = time.monotonic() + row.protocol.timeout_s
+    for stage in [*["clock"] * row.protocol.processes, "retime"]:
+        show(row.name, stage, 0, 1)
+        status, reason = run_stage(row, stage, spec, deadline, show)
+        if status != "done":
+            show(row.name, f"not timed: {reason}", 1, 1)
             return
 
 
@@ -267,9 +319,14 @@ def is_left_by(row: Row, spec: Path) -> bool:
 
 
 def same_row(before: dict[str, Any], row: Row) -> bool:
-    """Whether what a row left is this row's: made by the same recipe and protocol, by whatever command."""
-    now = json.loads(json.dumps(row.to_dict()))
-    return {**before, "command": None, "controls": None} == {**now, "command": None, "controls": None}
+    """Whether what a row left is this row's: made by the same recipe and protocol, whatever the command and clock."""
+    return what_makes(before) == what_makes(json.loads(json.dumps(row.to_dict())))
+
+
+def what_makes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a row's model and images."""
+    protocol = {name: value for name, value in dict(row.get("protocol", {})).items() if name not in CLOCK}
+    return {**row, "command": None, "controls": None, "protocol": protocol}
 
 
 def run_stage(row: Row, stage: str, spec: Path, deadline: float, show: Show) -> tuple[Status, str]:

@@ -61,7 +61,8 @@ def protocols() -> Rows:
     from .protocol import find_protocol, shipped_protocols
 
     return [{"name": name,
-             "about": f"{(rules := find_protocol(name)).images} images a row, {rules.rounds} timed rounds",
+             "about": f"{(rules := find_protocol(name)).images} images a row, {rules.rounds} timed rounds"
+                      + (f" in each of {rules.processes} processes" if rules.processes > 1 else ""),
              "options": f"margin: {dict(rules.margin)}"} for name in shipped_protocols()]
 
 

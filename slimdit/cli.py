@@ -87,6 +87,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="The baseline's dtype. [default: the machine's best]")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a row may take, instead of the protocol's.")] = None,
     fail_if: Annotated[str | None, typer.Option(help="Exit with 4 if any row ends so: loss, slower, failed.")] = None,
+    retime: Annotated[bool, typer.Option("--retime", help="Time finished rows again, and go on with others.")] = False,
     resume: Resume = False, dry_run: DryRun = False, as_json: Json = False,
 ) -> None:
     """Measure a baseline and every recipe against it: records, table, plots and an HTML report.
@@ -101,7 +102,7 @@ def bench(
         _answer(plan.describe(), as_json)
         return
     stops = room.gate(fail_if) if fail_if else None
-    records = room.run(plan, resume=resume, console=err)
+    records = room.run(plan, resume=resume, retime=retime, console=err)
     if as_json:
         _print_json({"folder": str(folder), "report": str(folder / "report.html"),
                      "rows": room.plain(records)})

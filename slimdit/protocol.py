@@ -14,6 +14,10 @@ CONDITIONS = ("images", "seed", "labels", "reference", "features", "dither", "re
 """What two rows must share to be compared; steps, solver and guidance may differ, and are what rows differ by."""
 
 
+CLOCK = ("latency_batches", "rounds", "processes")
+"""What says how rows are timed and decides nothing else: with `bench --retime`, all that may change."""
+
+
 def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The conditions that both rows know (are not None) and do not share: "images (16 and 32)"."""
     return [f"{name} ({one[name]} and {other[name]})" for name in CONDITIONS
@@ -50,7 +54,9 @@ class Protocol:
         seed: of the images; the A/A row uses `seed + 1`.
         batch: images at a time in quality sampling.
         latency_batches: batch sizes at which whole sampling runs are timed; throughput is that of the largest.
-        rounds: interleaved timings of baseline and row, each.
+        rounds: interleaved timings of baseline and row, in each process.
+        processes: in which a row is timed, one after another. With one, intervals say how much its rounds differ, and
+            another process often gives a ratio beyond them. From three on they say how much processes differ.
         features: feature network of the distribution metrics.
         feature_weights: file of its weights, for networks that are not bundled.
         reference: `"bundled"`, or an `.npz` of images or statistics.
@@ -69,6 +75,7 @@ class Protocol:
     batch: int = 64
     latency_batches: tuple[int, ...] = (1, 8)
     rounds: int = 5
+    processes: int = 1
     features: str = "lite0"
     feature_weights: str | None = None
     reference: str = "bundled"
@@ -83,6 +90,8 @@ class Protocol:
         for name, least in (("images", 2), ("batch", 1), ("rounds", 2), ("resamples", 20), ("timeout_s", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"protocol: {name} must be at least {least}, not {getattr(self, name)}")
+        if self.processes < 1 or self.processes == 2:
+            raise ValueError(f"protocol: processes must be 1, or at least 3 for an interval, not {self.processes}")
         if not self.latency_batches or min(self.latency_batches) < 1:
             raise ValueError(f"protocol: latency_batches must be sizes of at least 1, not {self.latency_batches}")
 

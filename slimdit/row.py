@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import write_json, write_text
-from .protocol import Protocol
+from .protocol import CLOCK, Protocol
 from .report.record import BASELINE, RECORD, Images, Record, Status, Value, provenance, read, record_path, write
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class Row:
     def home(self) -> Path:
         """Where the row keeps its model, images and features."""
         return Path(self.folder) / "rows" / self.slug
+
+    @property
+    def timings(self) -> Path:
+        """Where the processes that time the row leave what they found."""
+        return self.home / "timings"
 
     @property
     def contrasts(self) -> Path:
@@ -158,8 +163,7 @@ def measure(row: Row) -> Record:
     metrics |= quality | costs(row, pipeline)
     remarks = []
     if row.timed:
-        with watch.stage("speed"):
-            speeds, ratios = clock(row, pipeline)
+        speeds, ratios, watch.seconds["speed"] = clocked(row)
         metrics |= speeds
         against |= ratios
     if row.name != BASELINE:
@@ -300,14 +304,16 @@ def features_of(row: Row, network: Extractor) -> Features:
     return kept.read()
 
 
-def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Value]]:
-    """Latency and throughput of whole sampling runs, and their ratios to the baseline timed in turns with the row."""
+def clock(row: Row) -> None:
+    """Time whole sampling runs, the row's in turns with the baseline's, and leave what this process found."""
     from .formats import load
     from .metrics.speed import alone, interleaved
 
+    began = time.perf_counter()
+    import_libraries(row)
+    pipeline = load(row.saved).to(row.device)
     base = None if row.name == BASELINE else load(row.baseline().saved).to(row.device)
-    speeds: dict[str, Value] = {}
-    ratios: dict[str, Value] = {}
+    found = {}
     for batch in sorted(row.protocol.latency_batches):
         tell(row, f"time batch {batch}", 0, 1)
 
@@ -317,14 +323,55 @@ def clock(row: Row, pipeline: Pipeline) -> tuple[dict[str, Value], dict[str, Val
         rounds = row.protocol.rounds
         timed = (alone(lambda: run(pipeline), rounds, warmup=1) if base is None
                  else interleaved(lambda: run(base), lambda: run(pipeline), rounds, warmup=1))
+        found[str(batch)] = asdict(timed)
+    number = len(list(row.timings.glob("*.json")))
+    write_json(row.timings / f"{number}.json", {"batches": found, "seconds": time.perf_counter() - began})
+
+
+def clocked(row: Row) -> tuple[dict[str, Value], dict[str, Value], float]:
+    """Latency and throughput of whole sampling runs, their ratios to the baseline, and the seconds that timing took.
+
+    From what the row's processes left.
+    """
+    from .metrics.speed import SpeedComparison, Timing
+
+    left = [json.loads(path.read_text()) for path in sorted(row.timings.glob("*.json"))]
+    speeds: dict[str, Value] = {}
+    ratios: dict[str, Value] = {}
+    for batch in sorted(row.protocol.latency_batches):
+        timed = Timing(tuple(SpeedComparison(**one["batches"][str(batch)]) for one in left))
         latency = timed.latency()
         speeds[f"latency_p50_batch{batch}"] = Value(latency.p50, n=timed.rounds, unit="s")
         speeds[f"latency_p95_batch{batch}"] = Value(latency.p95, n=timed.rounds, unit="s")
         speeds["throughput"] = Value(*timed.throughput(batch), timed.rounds, "images/s")  # of the largest batch
-        if base is not None:
-            ratios[f"latency_ratio_batch{batch}"] = Value(timed.ratio, timed.low, timed.high, timed.rounds, "x")
+        if row.name != BASELINE:
+            ratios[f"latency_ratio_batch{batch}"] = Value(*timed.ratio(), timed.rounds, "x")
             ratios["throughput_ratio"] = ratios[f"latency_ratio_batch{batch}"]
-    return speeds, ratios
+    return speeds, ratios, sum(one["seconds"] for one in left)
+
+
+def retime(row: Row) -> None:
+    """Put what the row's processes found in the place of the times in its record."""
+    from .formats import load
+
+    record = read(record_path(Path(row.folder) / "records", row.name))
+    speeds, ratios, seconds = clocked(row)
+    metrics = {name: value for name, value in record.metrics.items() if not is_timed(name)} | speeds
+    against = {name: value for name, value in record.against_baseline.items() if not is_timed(name)} | ratios
+    remarks = [] if row.name == BASELINE else notes(row, record.images.sha256 if record.images else "", against)
+    timed = provenance(seeds={"images": row.seed}, dtype=str(record.provenance["dtype"]), device=row.device,
+                       threads=row.protocol.threads, command=row.command or None)
+    settings = row.protocol.to_dict()
+    again = replace(record, metrics=metrics, against_baseline=against, remarks=tuple(remarks),
+                    protocol={**record.protocol, **{name: settings[name] for name in CLOCK}},
+                    provenance={**record.provenance, "timed": timed}, seconds={**record.seconds, "speed": seconds})
+    write(again, Path(row.folder) / "records")
+    attach(row, load(row.saved), again)
+
+
+def is_timed(metric: str) -> bool:
+    """Whether a number of a record is by the clock."""
+    return metric.startswith(("latency_", "throughput"))
 
 
 def as_value(name: str, interval: Any) -> Value:
@@ -448,7 +495,8 @@ def says(error: BaseException | None, *words: str) -> bool:
     return False
 
 
-STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "measure": measure, "contrast": contrast}
+STAGES: Mapping[str, Callable[[Row], Any]] = {"prepare": prepare, "clock": clock, "measure": measure,
+                                              "retime": retime, "contrast": contrast}
 
 
 def main() -> None:

@@ -225,6 +225,42 @@ def test_a_folder_of_another_bench_is_refused(plan: bench.Plan, records: dict[st
         bench.run(replace(plan, protocol=replace(plan.protocol, images=17)), resume=True)
 
 
+def test_finished_rows_are_timed_again_in_several_processes_and_nothing_else_of_them_changes(
+        plan: bench.Plan, records: dict[str, Record], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(plan.folder, folder)
+    rules = replace(plan.protocol, processes=3, rounds=3, latency_batches=(1, 2))
+    slower = replace(plan, folder=folder, protocol=rules)
+    with pytest.raises(ValueError, match="time its rows again with --retime"):
+        bench.run(slower, resume=True)
+    shutil.rmtree(folder / "rows" / "same" / "model")  # as in a fresh clone
+    again = {record.name: record for record in bench.run(slower, retime=True)}
+    kept, timed = read(record_path(plan.folder / "records", "fewer")), again["fewer"]
+    assert timed.metrics["latency_p50_batch2"].n == timed.against_baseline["throughput_ratio"].n == 9
+    assert timed.protocol["processes"] == 3 and timed.images == kept.images and timed.verdict == kept.verdict
+    assert timed.provenance["timed"]["date"] > timed.provenance["date"] == kept.provenance["date"]
+    assert timed.metrics["peak_memory"] == kept.metrics["peak_memory"] and timed.metrics["size"] == kept.metrics["size"]
+    evidence = json.loads((folder / "rows" / "fewer" / "model" / "evidence.json").read_text())
+    assert [one["protocol"]["processes"] for one in evidence] == [3, 3]
+    for name in ("same", AA):
+        assert again[name] == read(record_path(plan.folder / "records", name))
+    before = {path: path.read_bytes() for path in (folder / "records").iterdir()}
+    bench.run(slower, resume=True, retime=True)  # goes on: all that can be timed was, by this commit
+    assert before == {path: path.read_bytes() for path in (folder / "records").iterdir()}
+
+
+def test_a_row_that_cannot_be_timed_again_keeps_its_record(plan: bench.Plan, records: dict[str, Record], tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(plan.folder, folder)
+    spoil(monkeypatch, {"fewer": ("clock", "raise ValueError('no clock')")})
+    shown: list[str] = []
+    row = next(one for one in replace(plan, folder=folder).rows() if one.name == "fewer")
+    bench.time_again(row, lambda name, stage, done, total: shown.append(stage))
+    assert read(bench.path_of(row)) == read(record_path(plan.folder / "records", "fewer"))
+    assert shown[-1] == "not timed: no clock"
+
+
 def test_two_benches_do_not_share_a_folder(plan: bench.Plan, records: dict[str, Record]) -> None:
     with bench.locked(plan.folder), pytest.raises(ValueError, match="being written by another bench"):
         bench.run(plan, resume=True)
@@ -387,7 +423,9 @@ def test_gates() -> None:
 def test_what_a_row_left_is_used_whatever_command_goes_on_with_it(row: Row) -> None:
     before = json.loads(json.dumps(row.to_dict()))
     assert bench.same_row(before, replace(row, command=("slimdit", "bench", "--resume")))
+    assert bench.same_row(before, replace(row, protocol=replace(row.protocol, processes=5, rounds=9)))
     assert not bench.same_row(before, replace(row, seed=1))
+    assert not bench.same_row(before, replace(row, protocol=replace(row.protocol, images=17)))
 
 
 def test_compare_refuses_other_protocols(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from slimdit.metrics.speed import (
     WORKER_ENVIRONMENT,
+    SpeedComparison,
+    Timing,
     alone,
     interleaved,
     peak_memory,
@@ -51,8 +53,10 @@ def test_the_variant_says_its_latency_and_throughput():
     machine = Machine()
     compared = interleaved(machine.call("a", [9] * 102), machine.call("b", [99, *range(1, 102)]), rounds=101, warmup=1,
                            clock=machine.clock)
-    assert (compared.latency().p50, compared.latency().p95, compared.latency().repeats) == (51, 96, 101)
-    speed, low, high = compared.throughput(images=102)
+    timing = Timing((compared,))
+    assert (timing.latency().p50, timing.latency().p95, timing.latency().repeats) == (51, 96, 101)
+    assert timing.ratio() == (compared.ratio, compared.low, compared.high)
+    speed, low, high = timing.throughput(images=102)
     assert speed == 2.0 and 102 / 101 < low < speed < high < 102
 
 
@@ -90,8 +94,34 @@ def test_a_call_alone_has_the_ratio_1_and_its_own_times():
     machine = Machine()
     timed = alone(machine.call("a", [99, *range(1, 102)]), rounds=101, warmup=1, clock=machine.clock)
     assert (timed.ratio, timed.low, timed.high) == (1, 1, 1)
-    assert (timed.latency().p50, timed.latency().p95, timed.latency().repeats) == (51, 96, 101)
-    assert timed.throughput(images=102)[0] == 2
+    timing = Timing((timed,))
+    assert (timing.latency().p50, timing.latency().p95, timing.latency().repeats) == (51, 96, 101)
+    assert timing.throughput(images=102)[0] == 2
+
+
+def process(ratio, rounds=5):
+    return SpeedComparison(ratio, ratio, ratio, rounds, ratio, 1.0, (1.0,) * rounds)
+
+
+def test_of_several_processes_the_interval_is_students_of_what_each_came_to():
+    timing = Timing((process(1.0), process(2.0), process(4.0)))
+    ratio, low, high = timing.ratio()
+    assert ratio == pytest.approx(2)  # 4.303 is Student's 97.5 % point with 2 degrees of freedom, from a printed table
+    assert (low, high) == pytest.approx((2 * 2 ** (-4.303 / 3**0.5), 2 * 2 ** (4.303 / 3**0.5)), rel=1e-3)
+    assert timing.rounds == timing.latency().repeats == 15
+    assert timing.throughput(8) == pytest.approx((8, 8, 8))
+
+
+def test_rounds_within_processes_do_not_narrow_what_is_between_them():
+    few, many = (Timing(tuple(process(ratio, rounds) for ratio in (0.8, 0.84, 0.76))) for rounds in (2, 2000))
+    assert few.ratio() == many.ratio()
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=3, max_size=8))
+@settings(max_examples=25, deadline=None)
+def test_the_interval_of_processes_holds_their_ratio(ratios):
+    ratio, low, high = Timing(tuple(map(process, ratios))).ratio()
+    assert low <= ratio * 1.000001 and ratio <= high * 1.000001 and min(ratios) * 0.999 <= ratio <= max(ratios) * 1.001
 
 
 @pytest.mark.parametrize("measure", [

@@ -1,14 +1,18 @@
 """What a model costs by the clock: times side by side, latency, throughput and peak memory.
 
 A speed-up is a ratio measured in one run, baseline and variant in turn, so that a machine that slows down slows both.
+A process keeps for its life what it was given (addresses, pages, a core's neighbours), so that its rounds agree better
+with one another than with another process's: how sure a ratio is, only several processes tell (Kalibera and Jones,
+Rigorous Benchmarking in Reasonable Time, 2013).
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +37,7 @@ RESAMPLES = 2000  # of the bootstrap
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """A variant's speed against a baseline's.
+    """A variant's speed against a baseline's, in one process.
 
     Attributes:
         ratio: median over rounds of baseline seconds / variant seconds; above 1, the variant is faster.
@@ -51,14 +55,35 @@ class SpeedComparison:
     variant_seconds: float
     variant_times: tuple[float, ...] = ()
 
-    def latency(self) -> Latency:
-        """How long a call of the variant took."""
-        return Latency(self.variant_seconds, float(np.percentile(self.variant_times, 95)), self.rounds)
+
+@dataclass(frozen=True)
+class Timing:
+    """The same two calls compared in one process, or in each of several.
+
+    Attributes:
+        processes: what each came to.
+    """
+
+    processes: tuple[SpeedComparison, ...]
+
+    @property
+    def rounds(self) -> int:
+        """Pairs timed, in all."""
+        return sum(one.rounds for one in self.processes)
+
+    def ratio(self) -> tuple[float, float, float]:
+        """Baseline seconds / variant seconds, and the ends of its 95 % interval; see `_across`."""
+        return _across([(one.ratio, one.low, one.high) for one in self.processes])
 
     def throughput(self, images: int, seed: int = 0) -> tuple[float, float, float]:
-        """Images per second of a variant whose call makes so many: median, and its 95 % bootstrap interval."""
-        speeds = images / np.array(self.variant_times)
-        return float(np.median(speeds)), *_median_interval(speeds, seed)
+        """Images per second of a variant whose call makes so many, and the ends of its 95 % interval."""
+        speeds = [images / np.array(one.variant_times) for one in self.processes]
+        return _across([(float(np.median(speed)), *_median_interval(speed, seed)) for speed in speeds])
+
+    def latency(self) -> Latency:
+        """How long a call of the variant took."""
+        times = [seconds for one in self.processes for seconds in one.variant_times]
+        return Latency(float(np.median(times)), float(np.percentile(times, 95)), self.rounds)
 
 
 @dataclass(frozen=True)
@@ -159,6 +184,20 @@ def _finish_kernels() -> None:
     """Wait for what a GPU was asked to do: it answers before it has done it."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def _across(processes: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """A positive number from what it was in each process, a median and its interval: of one, just that.
+
+    Of several the geometric mean, with Student's interval of the logarithms: rounds within a process do not narrow it.
+    """
+    from scipy.special import stdtrit
+
+    if len(processes) == 1:
+        return processes[0]
+    logs = np.log([value for value, _, _ in processes])
+    reach = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1)) / math.sqrt(len(logs))
+    return tuple(math.exp(logs.mean() + sign * reach) for sign in (0, -1, 1))  # type: ignore[return-value]
 
 
 def _median_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
