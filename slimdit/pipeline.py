@@ -17,7 +17,7 @@ from .models import kernels
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
-from .models.execution import Graphed, compiled, prepare_for_gpu
+from .models.execution import Graphed, compiled, prepack, prepare_for_gpu
 from .models.modulation import Modulations
 from .sampling.caching import Evaluator
 from .sampling.process import NoiseProcess
@@ -162,13 +162,16 @@ class Pipeline:
     def denoise(self) -> Denoiser:
         """The model as sampling calls it, executed as `runtime` says."""
         dtype, on_gpu = DTYPES[self.runtime.dtype], self.device.type == "cuda"
+        form = self.runtime.attention_form(self.model.config.tokens, self.device)
+        changes = on_gpu or form == "native" or dtype != self._stored_dtype()
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
-        model = copy.deepcopy(self.model, shared) if on_gpu or dtype != self._stored_dtype() else self.model
+        model = copy.deepcopy(self.model, shared) if changes else self.model
         model = model.to(dtype).eval()
         if on_gpu:
             prepare_for_gpu(model, self.device)
-        form = self.runtime.attention_form(model.config.tokens, self.device)
+        elif form == "native":
+            prepack(model)
         return Denoiser(model, dtype, form, self.runtime.compile)
 
     @property

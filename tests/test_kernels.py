@@ -1,5 +1,7 @@
 """Kernels of our own: functions equal to their definitions, and models that run as before without them."""
 
+import copy
+import gc
 import math
 
 import pytest
@@ -7,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slimdit.metrics.speed import resident_bytes
 from slimdit.models import kernels
-from slimdit.models.dit import DiT, uniform
+from slimdit.models.dit import DiT, PatchEmbedder, uniform
+from slimdit.models.execution import prepack
+from slimdit.models.linear import FAST_PRODUCT, Prepacked, int8_product
 from slimdit.models.surgery import pack_linears
 from slimdit.pipeline import Pipeline, Runtime
 
@@ -95,6 +100,78 @@ def test_a_model_gives_with_them_what_it_gives_without(kind):
         assert relative(native(*inputs(3)), expected) < 1.5 * relative(plain(*inputs(3)), expected) < 0.05
     fused = model.to(torch.float32)  # the form that bfloat16 left on the model is not for other types
     torch.testing.assert_close(fused(*inputs(3)), expected)
+
+
+@native
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 90), st.integers(1, 90), st.booleans(), st.booleans())
+def test_a_prepacked_layer_is_the_float_layer_for_any_size(rows, inside, outside, biased, gelu):
+    torch.manual_seed(rows)
+    layer = torch.nn.Linear(inside, outside, biased).bfloat16()
+    x = torch.randn(2, rows, inside).bfloat16()
+    expected = torch.nn.functional.linear(x.double(), layer.weight.double(),
+                                          layer.bias.double() if biased else None)
+    if gelu:
+        expected = torch.nn.functional.gelu(expected, approximate="tanh")
+    with torch.no_grad():
+        actual = Prepacked(layer.weight, layer.bias)(x, gelu)
+    assert actual.dtype == torch.bfloat16 and actual.shape == expected.shape
+    assert ((actual.double() - expected).abs() <= 0.006 * expected.abs() + 0.01).all()  # bfloat16's steps: 2^-8
+
+
+@native
+def test_weights_are_in_the_packed_layout_alone_and_go_with_their_layer():
+    layer = torch.nn.Linear(1024, 8192).bfloat16()
+    packed = Prepacked(layer.weight, layer.bias)
+    assert sum(tensor.numel() for tensor in packed.state_dict().values()) <= 8192
+    with torch.no_grad(), pytest.raises(RuntimeError, match="packed for another layer, or for a copy"):
+        copy.deepcopy(packed)(torch.ones(1, 1024).bfloat16())
+    before = resident_bytes()
+    for _ in range(40):  # 16 MB each
+        Prepacked(layer.weight, layer.bias)
+    gc.collect()
+    assert resident_bytes() - before < 200e6
+
+
+@native
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_patches_are_embedded_by_a_product_as_by_their_convolution(batch, channels, patch, rows, columns):
+    torch.manual_seed(patch)
+    embedder = PatchEmbedder(channels, 12, patch).bfloat16()
+    x = torch.randn(batch, channels, rows * patch, columns * patch).bfloat16()
+    with torch.no_grad():
+        expected = copy.deepcopy(embedder).double()(x.double())
+        prepack(embedder)
+        assert isinstance(embedder.proj, Prepacked)
+        assert ((embedder(x).double() - expected).abs() <= 0.006 * expected.abs() + 0.01).all()
+
+
+@native
+def test_running_a_model_leaves_its_weights_as_they_are():
+    model = random_model().bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pipeline = Pipeline(model, runtime=Runtime("bfloat16"))
+    with torch.no_grad():
+        pipeline.denoise(*inputs(2))
+    assert any(isinstance(layer, Prepacked) for layer in pipeline.denoise.model.modules())
+    assert not any(isinstance(layer, Prepacked) for layer in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@native
+@pytest.mark.skipif(not FAST_PRODUCT, reason="needs VNNI")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_integer_product_is_the_same_with_and_without_python(dtype):
+    torch.manual_seed(0)
+    levels = torch.randint(0, 255, (9, 40), dtype=torch.uint8)
+    weight = torch.randint(-127, 127, (24, 40)).to(torch.int8)
+    scale = torch.rand(24)
+    exact = (levels.double() - 128) @ weight.double().t() * scale.double()
+    for _ in range(2):  # packed, and found packed
+        actual = torch.ops.slimdit.int8_product(levels, weight, scale, dtype)
+        assert actual.dtype == dtype and torch.equal(actual, int8_product(levels, weight, scale, dtype))
+    assert relative(actual, exact) < 0.005
 
 
 @native

@@ -1,8 +1,9 @@
-"""How a model is executed: compiled, and on a GPU with other layers where those are faster and mean the same.
+"""How a model is executed: compiled, and with other layers where those are faster and mean the same.
 
-On a GPU a copy of the model is changed, never what is saved: layers that it multiplies no faster in 8 bits become float
-ones, 2:4 sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input. Which layers gain
-was measured by `benchmarks/gpu.py`.
+A copy of the model is changed, never what is saved. On a CPU the weights of float layers go into oneDNN's own layout
+where `kernels.py` has products with it. On a GPU layers that it multiplies no faster in 8 bits become float ones, 2:4
+sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input; which layers gain was
+measured by `benchmarks/gpu.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dit import DiT
+from .dit import DiT, PatchEmbedder
 from .feedforward import MLP
 from .fp8 import Fp8Dynamic
-from .linear import Int8Dynamic, set_linear
+from .linear import Int8Dynamic, Prepacked, set_linear
 from .packed import PackedLinear
 
 LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
@@ -27,6 +28,15 @@ TOKEN_LAYERS = ("attn.", "mlp.")  # in the names of layers that see every token
 HALVES = (torch.bfloat16, torch.float16)
 ISOLATES = "isolate_recompiles" in signature(torch.compile).parameters  # from PyTorch 2.13 on
 COMPILATIONS = 256  # of the same code, where it cannot isolate them
+
+
+def prepack(model: nn.Module) -> None:
+    """Change a copy of a model, in place, to have its float layers' weights in oneDNN's layout alone."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear:
+            set_linear(model, name, Prepacked(layer.weight, layer.bias))
+        elif isinstance(layer, PatchEmbedder):
+            set_linear(layer, "proj", Prepacked(layer.proj.weight.flatten(1), layer.proj.bias))
 
 
 def prepare_for_gpu(model: nn.Module, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .fp8 import Fp8Dynamic
-from .linear import Int8Dynamic
+from .linear import Int8Dynamic, Prepacked
 
 
 class MLP(nn.Module):
@@ -34,7 +34,7 @@ class MLP(nn.Module):
         if self.native and isinstance(self.fc1, Int8Dynamic) and isinstance(self.fc2, Int8Dynamic) and kernels.take(x):
             levels, step = torch.ops.slimdit.gelu_levels(*self.fc1.product(x), self.fc1.bias)
             return self.fc2.finished(self.fc2.product_of_levels(levels, x.dtype), step, x)
-        hidden = gelu(self.fc1(x))
+        hidden = self.fc1(x, gelu=True) if isinstance(self.fc1, Prepacked) else gelu(self.fc1(x))
         if self.reach is not None and isinstance(self.fc2, Fp8Dynamic):
             return self.fc2(hidden, farthest(x, self.reach))
         return self.fc2(hidden)

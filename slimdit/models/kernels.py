@@ -1,13 +1,14 @@
-"""Attention, and GELU before a rounding to 8 bits, written by hand for CPUs with AVX-512's bfloat16 products.
+"""Operators of our own for CPUs with AVX-512's bfloat16 products, and how they come to be there.
 
-Everything else is left to PyTorch and its compiler. These two are not, because nothing they offer comes near on such a
-CPU: docs/log.md has what was tried. `kernels.cpp` is compiled on first use, kept in the user's cache, and loaded from
-there; without a compiler, or on another CPU, models run as before.
+Attention and GELU before a rounding to 8 bits are written by hand, because nothing that PyTorch and its compiler offer
+comes near on such a CPU; products with weights in oneDNN's own layout are oneDNN's, called without Python in between,
+which took a fifth of a small model's time: docs/log.md has what was tried. `kernels.cpp` and `operators.cpp` are
+compiled on first use, kept in the user's cache, and loaded from there; without a compiler, or on another CPU, models
+run as before.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -21,16 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw",
-         "-mavx512vl", "-mavx512dq", "-mavx512bf16")
+HERE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+SOURCES = (HERE / "kernels.cpp", HERE / "operators.cpp")
+FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw",
+         "-mavx512vl", "-mavx512dq", "-mavx512bf16", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
 log = logging.getLogger(__name__)
 
 
 def missing() -> str:
-    """Why there are no kernels here; nothing where there are."""
-    found = loaded()
-    return found if isinstance(found, str) else ""
+    """Why there are no kernels here; nothing where there are. They are loaded by asking."""
+    return loaded()
 
 
 def take(x: Tensor) -> bool:
@@ -39,16 +41,18 @@ def take(x: Tensor) -> bool:
 
 
 @cache
-def loaded() -> ctypes.CDLL | str:
-    """The compiled kernels, or why they cannot be had; a failure to compile is logged, once."""
+def loaded() -> str:
+    """Load the operators; why they cannot be had, or nothing. A failure to compile is logged, once."""
     if reason := unsuitable():
         return reason
     try:
-        return ctypes.CDLL(str(compiled()))
+        torch.ops.load_library(compiled())
     except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
-        log.warning("attention and int8 run slower than they could: %s was not compiled: %s", SOURCE.name, told)
-        return f"{SOURCE.name} was not compiled: {told}"
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        told = next((line for line in lines if "error" in line), lines[-1])
+        log.warning("models run slower than they could: %s was not compiled: %s", SOURCES[0].name, told)
+        return f"{SOURCES[0].name} was not compiled: {told}"
+    return ""
 
 
 def unsuitable() -> str:
@@ -66,27 +70,31 @@ def compiler() -> str | None:
 
 
 def compiled() -> Path:
-    """The kernels' file in the user's cache, compiled unless it is there; its name tells source, flags and compiler."""
-    source = SOURCE.read_bytes()
-    program = compiler()
-    name = hashlib.sha256(repr((source, FLAGS, program)).encode()).hexdigest()[:16]
+    """The operators' file in the user's cache, compiled unless it is there; its name tells what it was made of."""
+    program, places = compiler(), (str(TORCH / "include"), str(TORCH / "lib"))
+    made_of = ([source.read_bytes() for source in SOURCES], FLAGS, program, torch.__version__, places)
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimdit"
     path = folder / f"kernels-{name}.so"
     if not path.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / "kernels.so"
-            subprocess.run([str(program), *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True,
-                           text=True, timeout=300)
+            # -isystem: warnings of PyTorch's own headers are not ours to mend.
+            subprocess.run([str(program), *FLAGS, *map(str, SOURCES), "-isystem", places[0], "-L", places[1], "-lc10",
+                            "-ltorch_cpu", "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
             made.replace(path)
     return path
 
 
 torch.library.define("slimdit::attend", "(Tensor qkv, Tensor? steps, Tensor? bias, int images, int heads) -> Tensor")
 torch.library.define("slimdit::gelu_levels", "(Tensor x, Tensor steps, Tensor? bias) -> (Tensor, Tensor)")
+torch.library.define("slimdit::prepack_linear", "(Tensor weight, Tensor handle) -> ()")
+torch.library.define("slimdit::prepacked_linear",
+                     "(Tensor rows, Tensor handle, Tensor? bias, int outputs, bool gelu) -> Tensor")
 
 
-@torch.library.impl("slimdit::attend", "cpu")
+@torch.library.register_fake("slimdit::attend")
 def attend(qkv: Tensor, steps: Tensor | None, bias: Tensor | None, images: int, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v of every head, from what the layer of q, k and v gives.
 
@@ -98,13 +106,10 @@ def attend(qkv: Tensor, steps: Tensor | None, bias: Tensor | None, images: int, 
     Returns:
         (images * tokens, heads * head_dim), bfloat16.
     """
-    rows, inner = qkv.shape[0], qkv.shape[1] // 3
-    out = torch.empty(rows, inner, dtype=torch.bfloat16)
-    call("attend", (qkv.bfloat16(), steps, bias, out), images, rows // images, heads, inner // heads)
-    return out
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3, dtype=torch.bfloat16)
 
 
-@torch.library.impl("slimdit::gelu_levels", "cpu")
+@torch.library.register_fake("slimdit::gelu_levels")
 def gelu_levels(x: Tensor, steps: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """gelu(x * steps + bias) rounded to 8 bits row by row, around 128: uint8 as `x`, and steps float32 (rows, 1).
 
@@ -113,26 +118,21 @@ def gelu_levels(x: Tensor, steps: Tensor, bias: Tensor | None) -> tuple[Tensor, 
         steps: (rows, 1), float32.
         bias: (width,) bfloat16, or None.
     """
-    levels, level_steps = torch.empty(x.shape, dtype=torch.uint8), steps.new_empty(x.shape[0], 1)
-    call("gelu_levels", (x.bfloat16(), steps, bias, levels, level_steps), *x.shape)
-    return levels, level_steps
-
-
-@torch.library.register_fake("slimdit::attend")
-def _(qkv: Tensor, steps: Tensor | None, bias: Tensor | None, images: int, heads: int) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3, dtype=torch.bfloat16)
-
-
-@torch.library.register_fake("slimdit::gelu_levels")
-def _(x: Tensor, steps: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.uint8), steps.new_empty(x.shape[0], 1)
 
 
-def call(name: str, tensors: tuple[Tensor | None, ...], *sizes: int) -> None:
-    """Call a kernel on the memory of tensors; a None is a null pointer."""
-    kernels = loaded()
-    if isinstance(kernels, str):
-        raise RuntimeError(f"slimdit::{name} cannot be had: {kernels}")
-    kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]  # alive until the call returns
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in kept]
-    getattr(kernels, name)(*pointers, *map(ctypes.c_long, sizes))
+@torch.library.register_fake("slimdit::prepacked_linear")
+def prepacked_linear(rows: Tensor, handle: Tensor, bias: Tensor | None, outputs: int, gelu: bool) -> Tensor:
+    """rows W^T + bias, and GELU of that where asked for, with the W that `prepack_linear` was given with this handle.
+
+    `prepack_linear` keeps W, (outputs, d), in oneDNN's own layout for as long as the handle, any tensor, lives.
+
+    Args:
+        rows: (n, d), bfloat16.
+        bias: (outputs,) bfloat16, or None.
+        gelu: its tanh approximation.
+
+    Returns:
+        (n, outputs), bfloat16.
+    """
+    return rows.new_empty(rows.shape[0], outputs)

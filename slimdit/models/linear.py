@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import kernels
 from .fp8 import Fp8Dynamic
 from .int4 import Int4WeightOnly
 from .packed import PackedLinear
@@ -84,6 +86,12 @@ class Int8WeightOnly(PackedLinear):
 class Int8Dynamic(Int8WeightOnly):
     """A linear layer of int8 weights that also rounds its input to int8, token by token, and multiplies integers."""
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 device: torch.device | str | None = None) -> None:
+        super().__init__(in_features, out_features, bias, device)
+        if FAST_PRODUCT:
+            provide_product()
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         return self.finished(*self.product(x), x)
@@ -119,6 +127,30 @@ LINEARS: Mapping[str, type[PackedLinear]] = {"int8_weight_only": Int8WeightOnly,
                                              "int4_weight_only": Int4WeightOnly, "fp8_dynamic": Fp8Dynamic}
 """Kinds of packed linear layers, by the name that `DiTConfig.linears` gives; int4's has its groups after it, as in
 "int4_weight_only:128"."""
+
+
+class Prepacked(nn.Module):
+    """A float layer to run and not to save: its weights are in oneDNN's own layout alone (`kernels.prepacked_linear`).
+
+    Args:
+        weight: (out_features, in_features), bfloat16, on a CPU that `kernels` are for.
+        bias: (out_features,), or None.
+    """
+
+    handle: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.register_buffer("handle", torch.zeros(1), persistent=False)
+        torch.ops.slimdit.prepack_linear(weight.detach(), self.handle)
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """(..., in_features) to (..., out_features), or to the tanh-approximated GELU of it."""
+        rows = torch.ops.slimdit.prepacked_linear(x.reshape(-1, self.in_features), self.handle, self.bias,
+                                                  self.out_features, gelu)
+        return rows.view(*x.shape[:-1], self.out_features)
 
 
 class LowRank(nn.Module):
@@ -164,12 +196,18 @@ PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Weights in oneDNN's own layout, and their zero points, for as long as the weights themselves live."""
 
 
+@cache
+def provide_product() -> None:
+    """See that there is an operator for the product: that of operators.cpp, or where it cannot be had the one below."""
+    if kernels.missing():
+        torch.library.impl("slimdit::int8_product", "cpu")(int8_product)
+
+
 # Not torch.library.custom_op: its wrapping costs 60 us a call, and a model of 12 blocks makes 48 calls.
 torch.library.define("slimdit::int8_product",
                      "(Tensor levels, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl("slimdit::int8_product", "cpu")
 def int8_product(levels: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(levels - ZERO) (weight * scale)^T by oneDNN: uint8 (n, d), int8 (m, d), float32 (m,) to `dtype` (n, m).
 
