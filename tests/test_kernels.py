@@ -3,6 +3,9 @@
 import copy
 import gc
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,6 +175,17 @@ def test_the_integer_product_is_the_same_with_and_without_python(dtype):
         actual = torch.ops.slimdit.int8_product(levels, weight, scale, dtype)
         assert actual.dtype == dtype and torch.equal(actual, int8_product(levels, weight, scale, dtype))
     assert relative(actual, exact) < 0.005
+
+
+@pytest.mark.skipif(not FAST_PRODUCT, reason="needs VNNI")
+def test_without_a_compiler_integers_are_multiplied_by_way_of_python(tmp_path):
+    program = ("import torch\nfrom slimdit.models.linear import Int8Dynamic\nfrom slimdit.models import kernels\n"
+               "assert kernels.missing()\nlayer = Int8Dynamic.of(torch.nn.Linear(32, 24))\nx = torch.randn(5, 32)\n"
+               "expected = x @ layer.dequantize().t() + layer.bias\n"
+               "assert (layer(x) - expected).norm() < 0.02 * expected.norm()\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
 
 
 @native
