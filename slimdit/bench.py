@@ -155,8 +155,8 @@ def run(plan: Plan, *, resume: bool = False, retime: bool = False, console: Cons
 
     Args:
         resume: go on with what the folder holds.
-        retime: time finished rows again, as the protocol says now; with `resume`, but for those that this commit has
-            timed so already. What was measured of their images stays.
+        retime: time finished rows again, as the protocol says now, and measure their peak memory; with `resume`, but
+            for those that this commit has timed so already. What was measured of their images stays.
 
     Raises:
         ValueError: the folder belongs to another bench, or is being written by one.

@@ -351,12 +351,20 @@ def clocked(row: Row) -> tuple[dict[str, Value], dict[str, Value], float]:
 
 
 def retime(row: Row) -> None:
-    """Put what the row's processes found in the place of the times in its record."""
+    """Put what the row's processes found in the place of the times in its record, and its peak memory anew."""
+    from .compiling import warm_up
     from .formats import load
+    from .metrics.speed import resident_bytes
 
+    import_libraries(row)
+    started = resident_bytes()
+    pipeline = load(row.saved).to(row.device)
+    warm_up(pipeline, max(row.protocol.latency_batches))
+    memory = peak_memory(row, pipeline, started)
     record = read(record_path(Path(row.folder) / "records", row.name))
     speeds, ratios, seconds = clocked(row)
-    metrics = {name: value for name, value in record.metrics.items() if not is_timed(name)} | speeds
+    metrics = {name: value for name, value in record.metrics.items() if not is_timed(name)} | speeds | {
+        "peak_memory": memory}
     against = {name: value for name, value in record.against_baseline.items() if not is_timed(name)} | ratios
     remarks = [] if row.name == BASELINE else notes(row, record.images.sha256 if record.images else "", against)
     timed = provenance(seeds={"images": row.seed}, dtype=str(record.provenance["dtype"]), device=row.device,
@@ -366,7 +374,7 @@ def retime(row: Row) -> None:
                     protocol={**record.protocol, **{name: settings[name] for name in CLOCK}},
                     provenance={**record.provenance, "timed": timed}, seconds={**record.seconds, "speed": seconds})
     write(again, Path(row.folder) / "records")
-    attach(row, load(row.saved), again)
+    attach(row, pipeline, again)
 
 
 def is_timed(metric: str) -> bool:
