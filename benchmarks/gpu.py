@@ -3,8 +3,9 @@
     python -m benchmarks.gpu --presets S/2 XL/2 --images 1 32
 
 `ratio` is how many times faster b is than a. A layer's time is the GPU's alone, of `--rows` tokens, rounding of the
-input included; `models/execution.py` runs the kinds that lose otherwise. A model's is one forward of guided sampling,
-two rows an image, adaLN computed ahead; the baseline is the compiled model with CUDA graphs.
+input included, for 8-bit floats without a look at its size; `models/execution.py` runs the kinds that lose otherwise. A
+model's is one forward of guided sampling, two rows an image, adaLN computed ahead; the baseline is the compiled model
+with CUDA graphs.
 Weights are random: `error` is numerical, relative to the float32 model of the same weights (of 2:4, the pruned ones).
 """
 
@@ -25,8 +26,9 @@ from slimdit.methods.compile import Compile
 from slimdit.methods.prune_weights import PruneWeights, outside_best
 from slimdit.methods.quantize import Quantize
 from slimdit.models.execution import SparseLinear, captured, quickest
+from slimdit.models.feedforward import gelu
 from slimdit.models.fp8 import Fp8Dynamic
-from slimdit.models.linear import Int8Dynamic
+from slimdit.models.linear import GeluLinear, Int8Dynamic
 from slimdit.models.surgery import weight_bytes
 from slimdit.pipeline import Pipeline, Runtime
 
@@ -62,15 +64,49 @@ def layers(width: int, rows: int, rounds: int) -> Iterator[Row]:
         linear.weight[outside_best(linear.weight.abs(), 2, 4)] = 0
         x = torch.randn(rows, inside, device="cuda", dtype=torch.bfloat16)
         packed = {"fp8": Fp8Dynamic.of(linear), "int8": Int8Dynamic.of(linear)}
+        packed["fp8"].ordinary = True
         calls = {kind: compiled(layer.to("cuda", torch.bfloat16), x) for kind, layer in packed.items()}
         linear = linear.to("cuda", torch.bfloat16)
         calls["2:4"] = partial(quickest(SparseLinear(linear), x), x)
         plain = compiled(linear, x)
         for kind, call in calls.items():
-            times = compare(captured(plain, REPEATS).replay, captured(call, REPEATS).replay, rounds)
-            yield {"what": f"layer {inside} x {outside}", "batch": rows, "a": "bfloat16", "b": kind,
-                   **{key: float(f"{value / REPEATS:.4g}") if "seconds" in key else value
-                      for key, value in times.items()}, "b_error": relative(call(), plain().float())}
+            yield of_layer(f"{inside} x {outside}", rows, "bfloat16", plain, kind, call, rounds)
+        if outside == 4 * width:
+            apart, inside_it = (compiled(one, x) for one in (GeluApart(linear), GeluInside(linear)))
+            yield of_layer(f"{inside} x {outside} and GELU", rows, "bfloat16", apart, "GELU inside", inside_it, rounds)
+
+
+def of_layer(what: str, rows: int, a: str, plain: Callable[[], Tensor], b: str, call: Callable[[], Tensor],
+             rounds: int) -> Row:
+    """A row of two calls of a layer, launched as CUDA graphs."""
+    times = compare(captured(plain, REPEATS).replay, captured(call, REPEATS).replay, rounds)
+    seconds = {key: float(f"{times[key] / REPEATS:.4g}") for key in ("a_seconds", "b_seconds")}
+    return {"what": f"layer {what}", "batch": rows, "a": a, "b": b, **times, **seconds,
+            "b_error": relative(call(), plain().float())}
+
+
+class GeluApart(nn.Module):
+    """A layer, and a pass over its output."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, in_features) to (rows, out_features)."""
+        return gelu(self.linear(x))
+
+
+class GeluInside(nn.Module):
+    """A layer that computes the GELU of its output itself."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = GeluLinear.of(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, in_features) to (rows, out_features)."""
+        return self.linear(x, gelu=True)
 
 
 def compiled(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -7,8 +7,9 @@ of all 250. It computes adaLN in every step. `eager float32` is PyTorch's own pr
 processors unused; `packed float32` uses them, by oneDNN, its weights laid out for that beforehand; `eager TF32` is what
 a GPU's tensor cores make of it. All are what a speed-up is often quoted against, and none is what slimdit calls its
 baseline: that is the compiled model in its best float type at 50 DDIM steps. A recipe that trains is trained first, on
-the data that it names, so it is for models of such data. A preset has random weights, which no time depends on: what
-the recipe costs in quality is measured on the bundled model by `slimdit bench`.
+the data that it names, so it is for models of such data. A preset has random weights, on which no time depends, and
+timesteps that are not searched, on which none does either: what the recipe costs in quality is measured on the bundled
+model by `slimdit bench`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,9 +30,10 @@ from torch import nn
 from slimdit.context import Context
 from slimdit.formats import load
 from slimdit.methods.compile import Compile
+from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.models.linear import set_linear
 from slimdit.pipeline import Pipeline, Runtime
-from slimdit.recipe import find, run
+from slimdit.recipe import Recipe, find, run
 from slimdit.sampling.settings import Sampling
 
 from .int8 import random_model
@@ -65,7 +68,8 @@ def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> li
         context = Context(plain, Path(folder), device=device)
         baseline = Compile().apply(plain.replace(sampling=Sampling("ddim", 50, guidance=guidance)), context)
         with torch.enable_grad():  # it may train
-            run(find(recipe), baseline, Context(baseline, Path(folder, "recipe"), device=device))
+            chosen = find(recipe) if model == "bundled" else unsearched(find(recipe))
+            run(chosen, baseline, Context(baseline, Path(folder, "recipe"), device=device))
         ours = load(Path(folder, "recipe")).to(device)
         others = {"eager float32": lambda: whole(eager, images, eager.denoise),
                   **({"eager TF32": in_tf32(lambda: whole(eager, images, eager.denoise))} if device == "cuda" else
@@ -76,6 +80,12 @@ def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> li
         best = f"compiled {baseline.runtime.dtype}, 50 DDIM steps"
         rows.append({"a": best, **compare(lambda: whole(baseline, images), lambda: whole(ours, images), rounds)})
     return [{"model": model, "images": images, "b": recipe, **row} for row in rows]
+
+
+def unsearched(recipe: Recipe) -> Recipe:
+    """The recipe with its steps where their spacing puts them."""
+    return replace(recipe, methods=tuple(replace(method, search=0) if isinstance(method, ReduceSteps) else method
+                                         for method in recipe.methods))
 
 
 def packed(pipeline: Pipeline) -> nn.Module:

@@ -2,8 +2,8 @@
 
 A copy of the model is changed, never what is saved. On a CPU the weights of float layers go into oneDNN's own layout
 where `kernels.py` has products with it. On a GPU layers that it multiplies no faster in 8 bits become float ones, 2:4
-sparse ones run sparse, and float8 ones learn bounds that spare them looks at their input; which layers gain was
-measured by `benchmarks/gpu.py`.
+sparse ones run sparse, float8 ones do without looks at their input where its size is known, and a GELU becomes a part
+of the float product before it; which layers gain was measured by `benchmarks/gpu.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention
 from .dit import DiT, PatchEmbedder
 from .feedforward import MLP
 from .fp8 import Fp8Dynamic
-from .linear import Int8Dynamic, Prepacked, set_linear
+from .linear import GeluLinear, Int8Dynamic, Prepacked, set_linear
 from .packed import PackedLinear
 
 LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
@@ -42,7 +43,8 @@ def prepack(model: nn.Module) -> None:
 def prepare_for_gpu(model: nn.Module, device: torch.device) -> None:
     """Change a copy of a model, in place, to what a GPU runs fastest: in the type and on the device it is run in."""
     run_as_floats(model, slow_packed(model, torch.cuda.get_device_capability(device)))
-    bound_hidden_units(model)
+    round_as_they_are(model)
+    put_gelu_inside(model)
 
 
 def slow_packed(model: nn.Module, capability: tuple[int, int]) -> list[str]:
@@ -79,14 +81,25 @@ def as_float(packed: nn.Module, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-@torch.no_grad()
-def bound_hidden_units(model: nn.Module) -> None:
-    """Tell the MLPs whose second layer rounds to float8 how far their hidden units can reach."""
-    for mlp in model.modules():
-        if isinstance(mlp, MLP) and isinstance(mlp.fc2, Fp8Dynamic):
-            weight = mlp.fc1.dequantize() if isinstance(mlp.fc1, PackedLinear) else mlp.fc1.weight.float()
-            bias = weight.new_zeros(1) if mlp.fc1.bias is None else mlp.fc1.bias.float()
-            mlp.reach = torch.stack([weight.norm(dim=1).amax(), bias.abs().amax()])
+def round_as_they_are(model: nn.Module) -> None:
+    """Spare float8 layers the look at what comes from a norm or a GELU.
+
+    Numbers of a norm have a size of about 1 and at most the root of the width, 34 in XL, before adaLN scales them; a
+    reduction over them, and another pass behind a GELU, is much of what 8 bits gain.
+    """
+    for module in model.modules():
+        behind = (module.qkv,) if isinstance(module, Attention) else (
+            (module.fc1, module.fc2) if isinstance(module, MLP) else ())
+        for layer in behind:
+            if isinstance(layer, Fp8Dynamic):
+                layer.ordinary = True
+
+
+def put_gelu_inside(model: nn.Module) -> None:
+    """Let the float layers before a GELU compute it in their product, in the types whose products have room for it."""
+    for module in model.modules():
+        if isinstance(module, MLP) and type(module.fc1) is nn.Linear and module.fc1.weight.dtype in HALVES:
+            module.fc1 = GeluLinear.of(module.fc1)
 
 
 class SparseLinear(nn.Module):

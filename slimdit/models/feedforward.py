@@ -8,36 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .fp8 import Fp8Dynamic
-from .linear import Int8Dynamic, Prepacked
+from .linear import GeluLinear, Int8Dynamic, Prepacked
 
 
 class MLP(nn.Module):
     """Two linear layers around a tanh-approximated GELU, named `fc1` and `fc2` as in the original DiT.
 
-    `native` says that between integer layers the GELU is that of `kernels.py`. `reach`, (2,), is the length of fc1's
-    longest row and the size of its largest bias, where fc2 rounds its input to float8: they bound that input without a
-    look at it. Like the form of attention both are chosen by who runs the model, and never saved.
+    `native` says that between integer layers the GELU is that of `kernels.py`. Like the form of attention it is chosen
+    by who runs the model, and never saved.
     """
-
-    reach: Tensor | None
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, mlp_width)
         self.fc2 = nn.Linear(mlp_width, width)
         self.native = False
-        self.register_buffer("reach", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same shape."""
         if self.native and isinstance(self.fc1, Int8Dynamic) and isinstance(self.fc2, Int8Dynamic) and kernels.take(x):
             levels, step = torch.ops.slimdit.gelu_levels(*self.fc1.product(x), self.fc1.bias)
             return self.fc2.finished(self.fc2.product_of_levels(levels, x.dtype), step, x)
-        hidden = self.fc1(x, gelu=True) if isinstance(self.fc1, Prepacked) else gelu(self.fc1(x))
-        if self.reach is not None and isinstance(self.fc2, Fp8Dynamic):
-            return self.fc2(hidden, farthest(x, self.reach))
-        return self.fc2(hidden)
+        return self.fc2(self.fc1(x, gelu=True) if isinstance(self.fc1, Prepacked | GeluLinear) else gelu(self.fc1(x)))
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -49,11 +41,3 @@ def gelu(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return nn.functional.gelu(x, approximate="tanh")
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
-
-
-def farthest(x: Tensor, reach: Tensor) -> Tensor:
-    """What no hidden unit of a token exceeds in size: ||x|| times the longest row, and the largest bias.
-
-    (..., width) to (..., 1), float32. |GELU(h)| <= |h|, and a product is no larger than both lengths.
-    """
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * reach[0] + reach[1]

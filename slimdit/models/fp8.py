@@ -25,6 +25,9 @@ class Fp8Dynamic(PackedLinear):
 
     `weight` is float8_e4m3fn (out, in), `scale` float32 (out,). Where the device has no product of 8-bit floats for the
     shape, the same rounded numbers are multiplied in the precision of the input.
+
+    `ordinary` says that the input's numbers are of ordinary size, so that they are rounded as they are, without a look
+    at each token's largest. Who runs the model chooses it, and it is never saved.
     """
 
     EXACT = ("weight", "scale")
@@ -36,6 +39,7 @@ class Fp8Dynamic(PackedLinear):
         super().__init__(in_features, out_features, bias, device)
         self.register_buffer("weight", torch.zeros(out_features, in_features, device=device).to(FP8))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.ordinary = False
 
     @classmethod
     @torch.no_grad()
@@ -46,14 +50,10 @@ class Fp8Dynamic(PackedLinear):
         packed.scale = scale[:, 0]
         return packed
 
-    def forward(self, x: Tensor, largest: Tensor | None = None) -> Tensor:
-        """(..., in_features) to (..., out_features).
-
-        Args:
-            largest: (..., 1), what no number of a row exceeds in size, where that is known without looking at them.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
         rows = x.reshape(-1, self.in_features)
-        tokens, step = float8_rows(rows, None if largest is None else largest.reshape(-1, 1))
+        tokens, step = as_they_are(rows) if self.ordinary else float8_rows(rows)
         bias = self.bias
         if multiplies_float8(tokens, self.weight):
             # A product adds a bias of its own type at no cost. Fast accumulation keeps some bits fewer than float32 of
@@ -72,14 +72,17 @@ class Fp8Dynamic(PackedLinear):
         return self.weight.float() * self.scale[:, None]
 
 
-def float8_rows(rows: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each row rounded to float8 under its own scale: (n, d) to float8 (n, d) and float32 (n, 1).
+def as_they_are(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each number rounded to the nearest float8, beyond 448 to that: (n, d) to float8 (n, d), and scales of 1, (n, 1).
 
-    Args:
-        largest: (n, 1), bounds of the rows' sizes; a loose one costs little, as these floats have exponents.
+    These floats have exponents: from 1/64 to 448 they are as exact without a scale as with one.
     """
-    largest = rows.abs().amax(dim=1, keepdim=True) if largest is None else largest
-    scale = (largest.float() / LARGEST).clamp(min=TINY)
+    return rows.clamp(-LARGEST, LARGEST).to(FP8), torch.ones(len(rows), 1, device=rows.device)
+
+
+def float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row rounded to float8 under its own scale: (n, d) to float8 (n, d) and float32 (n, 1)."""
+    scale = (rows.abs().amax(dim=1, keepdim=True).float() / LARGEST).clamp(min=TINY)
     # One division a row, not one a number; the clamp is for the rounding of that reciprocal.
     return (rows.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(FP8), scale
 

@@ -153,6 +153,24 @@ class Prepacked(nn.Module):
         return rows.view(*x.shape[:-1], self.out_features)
 
 
+class GeluLinear(nn.Linear):
+    """A float layer to run on a GPU: the GELU behind it is a part of the product, not a pass over its output."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """The layer with the weights of another, shared."""
+        layer = cls(linear.in_features, linear.out_features, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """(..., in_features) to (..., out_features), or to the tanh-approximated GELU of it."""
+        if not gelu:
+            return super().forward(x)
+        rows = torch.ops.slimdit.gelu_linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
 class LowRank(nn.Module):
     """Two linear layers that stand for one of low rank: x to `up`(`down`(x)), the bias in `up`.
 
@@ -238,6 +256,23 @@ def few_rows_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.register_fake("slimdit::few_rows_product")
 def _(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+torch.library.define("slimdit::gelu_linear", "(Tensor rows, Tensor weight, Tensor bias) -> Tensor")
+
+
+@torch.library.impl("slimdit::gelu_linear", "cuda")
+def gelu_linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(rows weight^T + bias) as one cuBLASLt call: (n, d), (m, d) and (m,) to (n, m).
+
+    An operator of its own, since the compiler takes PyTorch's apart into a product and a pass.
+    """
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+
+
+@torch.library.register_fake("slimdit::gelu_linear")
+def _(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
