@@ -61,7 +61,7 @@ def whole(pipeline: Pipeline, images: int, model: Model | None = None) -> Tensor
     """Latents of the first images: as the pipeline makes them, or by a model called step by step."""
     config, ids = pipeline.model.config, range(images)
     noise = ImageNoise(0, ids, (config.channels, *config.input_size))
-    labels = image_labels(0, ids, config.classes).to(pipeline.device)
+    labels = image_labels(0, ids, config.classes)
     if model is None:
         return pipeline.latents(noise, labels)
     return solve(model, pipeline.process, pipeline.sampling, noise, labels, null_class=config.classes,

@@ -127,7 +127,7 @@ class Pipeline:
         missing = batch - len(ids) if self.runtime.compile else 0
         filled = [*ids, *[ids[-1]] * missing]
         config = self.model.config
-        labels = torch.cat([labels, labels[-1:].expand(missing)]).to(self.device)
+        labels = torch.cat([labels, labels[-1:].expand(missing)])
         latents = self.latents(ImageNoise(seed, filled, (config.channels, *config.input_size)), labels)
         images = self.autoencoder.decode(latents[:len(ids)].float())
         finite = images.isfinite().flatten(1).all(1).tolist()

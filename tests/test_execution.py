@@ -13,6 +13,7 @@ from slimdit.methods.prune_weights import outside_best
 from slimdit.models.dit import DiT, uniform
 from slimdit.models.execution import (
     HOPPER,
+    LEAST_ORDINARY,
     LEAST_WEIGHTS,
     Graphed,
     SparseLinear,
@@ -60,6 +61,10 @@ def test_only_what_is_faster_runs_as_it_is():
     large, small = ((1024, LEAST_WEIGHTS // 1024), (1024, 1024))
     with torch.device("meta"):
         assert gains(Fp8Dynamic(*large), HOPPER) and not gains(Fp8Dynamic(*small), HOPPER)
+        ordinary = Fp8Dynamic(1024, LEAST_ORDINARY // 1024)
+        assert not gains(ordinary, HOPPER)
+        ordinary.ordinary = True
+        assert gains(ordinary, HOPPER)
         assert not gains(Int8Dynamic(*large), HOPPER) and gains(Int8Dynamic(*large), (8, 0))
         assert gains(Int8WeightOnly(*small), HOPPER) and gains(nn.Linear(*small), HOPPER)
     assert slow_packed(model("int8_dynamic"), HOPPER) == [f"blocks.{block}.{name}" for block in range(2)

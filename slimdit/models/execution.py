@@ -24,6 +24,7 @@ from .linear import GeluLinear, Int8Dynamic, Prepacked, set_linear
 from .packed import PackedLinear
 
 LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
+LEAST_ORDINARY = 2**20  # the same where it rounds its input as it is: 384 x 1536 loses, 768 x 2304 gains
 HOPPER = (9, 0)  # its int8 products are those of the generation before, slower than bfloat16's
 TOKEN_LAYERS = ("attn.", "mlp.")  # in the names of layers that see every token
 HALVES = (torch.bfloat16, torch.float16)
@@ -42,8 +43,8 @@ def prepack(model: nn.Module) -> None:
 
 def prepare_for_gpu(model: nn.Module, device: torch.device) -> None:
     """Change a copy of a model, in place, to what a GPU runs fastest: in the type and on the device it is run in."""
-    run_as_floats(model, slow_packed(model, torch.cuda.get_device_capability(device)))
     round_as_they_are(model)
+    run_as_floats(model, slow_packed(model, torch.cuda.get_device_capability(device)))
     put_gelu_inside(model)
 
 
@@ -58,7 +59,7 @@ def gains(layer: nn.Module, capability: tuple[int, int]) -> bool:
     Other GPUs' int8 products have not been measured, and are used.
     """
     if isinstance(layer, Fp8Dynamic):
-        return layer.in_features * layer.out_features >= LEAST_WEIGHTS
+        return layer.in_features * layer.out_features >= (LEAST_ORDINARY if layer.ordinary else LEAST_WEIGHTS)
     return not (isinstance(layer, Int8Dynamic) and capability == HOPPER)
 
 

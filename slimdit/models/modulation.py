@@ -23,17 +23,18 @@ class Modulations:
     Args:
         model: in the type and on the device it is sampled in.
         timesteps: those that the solver visits, in its order.
-        labels: all that occur, of any shape, the null class among them where guidance asks for it.
+        labels: all that occur, of any shape, the null class among them where guidance asks for it; best on the CPU,
+            where a look at them keeps no device waiting.
         limit: bytes of the rows held at a time; one step's are held whatever their size.
     """
 
     def __init__(self, model: DiT, timesteps: Sequence[int], labels: Tensor, limit: int = LIMIT) -> None:
         self.model = model
         self.timesteps = list(timesteps)
-        self.labels = labels.unique()
-        # A label's place is looked up on the device: nothing waits for it.
-        self.places = torch.zeros(int(self.labels.max()) + 1, dtype=torch.int64, device=labels.device)
-        self.places[self.labels] = torch.arange(len(self.labels), device=labels.device)
+        self.labels = labels.cpu().unique()
+        places = torch.zeros(int(self.labels.max()) + 1, dtype=torch.int64)
+        places[self.labels] = torch.arange(len(self.labels))
+        self.places = places.to(model.pos_embed.device)  # looked up on the device: nothing waits for it
         row = sum(model.modulation_sizes) * next(model.parameters()).element_size()
         self.ahead = max(1, limit // (row * len(self.labels)))
         self.seek(0)
@@ -49,5 +50,5 @@ class Modulations:
         return self.rows[(self.step - self.first) * len(self.labels) + self.places[y]]
 
     def _rows(self, timesteps: Sequence[int]) -> Tensor:
-        t = torch.tensor(timesteps, device=self.labels.device).repeat_interleave(len(self.labels))
-        return self.model.modulations(t, self.labels.repeat(len(timesteps)))
+        t, y = torch.tensor(timesteps).repeat_interleave(len(self.labels)), self.labels.repeat(len(timesteps))
+        return self.model.modulations(t.to(self.places.device), y.to(self.places.device))

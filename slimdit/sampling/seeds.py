@@ -30,7 +30,10 @@ class ImageNoise:
 
     def draw(self) -> Tensor:
         """The next noise of every image: (batch, *shape), float32 on the CPU."""
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        noise = torch.empty(len(self.generators), *self.shape)
+        for image, generator in zip(noise, self.generators, strict=True):
+            image.normal_(generator=generator)
+        return noise
 
 
 def image_labels(seed: int, ids: Sequence[int], classes: int) -> Tensor:

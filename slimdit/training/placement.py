@@ -56,8 +56,8 @@ def ends(pipeline: Pipeline, sampling: Sampling, ids: range, seed: int) -> Tenso
     one, config = pipeline.replace(sampling=sampling), pipeline.model.config
     shape = (config.channels, *config.input_size)
     batches = [ids[start:start + BATCH] for start in range(0, len(ids), BATCH)]
-    return torch.cat([one.latents(ImageNoise(seed, batch, shape), image_labels(seed, batch, config.classes)
-                                  .to(one.device)) for batch in batches]).float()
+    return torch.cat([one.latents(ImageNoise(seed, batch, shape), image_labels(seed, batch, config.classes))
+                      for batch in batches]).float()
 
 
 def place_steps(pipeline: Pipeline, sampling: Sampling, *, images: int, long: int, seed: int,
