@@ -5,6 +5,8 @@
 `ratio` is how many times faster slimdit (b) is than the peer (a), from noise to the last latent: peers in floats are
 set beside the compiled model in its best float type, peers in 8 bits beside our int8. `a_error` and `b_error` are how
 far the latents are from those of the float32 model run plainly; weights are random, so that says nothing of images.
+Before every run that is timed there is one of the same engine that is not: idle threads of one stay awake and slow the
+other.
 
 * diffusers: its `DiTPipeline` and `DDIMScheduler`, as they are, with an autoencoder that does nothing, in float32 and
   bfloat16, and with its transformer compiled. It takes 1000 for the class of no label, so presets have 1,000 classes.
@@ -78,7 +80,7 @@ def measure(config: Any, name: str, images: int, steps: int, rounds: int) -> lis
         for kind, peer, run in peers(plain, images, Path(folder)):
             mine = partial(whole, ours[kind], images)
             rows.append({"model": name, "images": images, "steps": steps, "a": peer, "b": called[kind],
-                         **compare(run, mine, rounds), "a_error": relative(run(), expected),
+                         **compare(run, mine, rounds, settle=1), "a_error": relative(run(), expected),
                          "b_error": relative(mine(), expected)})
     return rows
 
@@ -159,6 +161,7 @@ def with_onnx_runtime(plain: Pipeline, inputs: Inputs, folder: Path) -> Iterator
     quantize_dynamic(exported, quantized, weight_type=QuantType.QInt8)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # as a run ends: ours took twice as long
     for kind, name, path in (("floats", "float32", exported), ("int8", "dynamic int8", quantized)):
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]

@@ -23,9 +23,12 @@ def settle() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **WORKER_ENVIRONMENT})
 
 
-def compare(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> dict[str, Any]:
-    """How many times faster b is than a: `ratio` with its 95 % interval, and the median seconds of both."""
-    times = interleaved(a, b, rounds)
+def compare(a: Callable[[], Any], b: Callable[[], Any], rounds: int, settle: int = 0) -> dict[str, Any]:
+    """How many times faster b is than a: `ratio` with its 95 % interval, and the median seconds of both.
+
+    `settle` is that of `interleaved`.
+    """
+    times = interleaved(a, b, rounds, settle=settle)
     measured = {"ratio": times.ratio, "low": times.low, "high": times.high,
                 "a_seconds": times.baseline_seconds, "b_seconds": times.variant_seconds}
     return {**{name: float(f"{value:.4g}") for name, value in measured.items()}, "rounds": rounds}

@@ -49,6 +49,14 @@ def test_calls_alternate_and_the_warmup_does_not_count():
     assert (compared.baseline_seconds, compared.variant_seconds) == (6.0, 2.0)
 
 
+def test_calls_that_let_the_machine_settle_do_not_count():
+    machine = Machine()
+    settled = interleaved(machine.call("a", [90, 4, 90, 8]), machine.call("b", [70, 1, 70, 2]), rounds=2, warmup=0,
+                          settle=1, clock=machine.clock)
+    assert machine.order == ["a", "a", "b", "b"] * 2
+    assert settled.variant_times == (1, 2) and settled.baseline_seconds == 6
+
+
 def test_the_variant_says_its_latency_and_throughput():
     machine = Machine()
     compared = interleaved(machine.call("a", [9] * 102), machine.call("b", [99, *range(1, 102)]), rounds=101, warmup=1,

@@ -110,18 +110,26 @@ class PeakMemory:
 
 
 def interleaved(baseline: Callable[[], Any], variant: Callable[[], Any], rounds: int = 20, warmup: int = 3, *,
-                clock: Clock = time.perf_counter, seed: int = 0) -> SpeedComparison:
+                settle: int = 0, clock: Clock = time.perf_counter, seed: int = 0) -> SpeedComparison:
     """Time two calls in turn: baseline, variant, baseline, variant.
 
     Args:
         rounds: pairs that count.
         warmup: pairs before them that do not.
+        settle: calls before each that counts, of the same kind, for two with threads of their own, which stay awake for
+            a while and slow the other.
 
     Raises:
         ValueError: rounds is below 1, or warmup below 0.
     """
     _require_counts(rounds=rounds, warmup=warmup)
-    pairs = [(_seconds(baseline, clock), _seconds(variant, clock)) for _ in range(warmup + rounds)][warmup:]
+
+    def timed(call: Callable[[], Any]) -> float:
+        for _ in range(settle):
+            call()
+        return _seconds(call, clock)
+
+    pairs = [(timed(baseline), timed(variant)) for _ in range(warmup + rounds)][warmup:]
     times = np.array(pairs)
     ratios = times[:, 0] / times[:, 1]
     low, high = _median_interval(ratios, seed)
