@@ -69,6 +69,7 @@ tables: $(INSTALLED) ## render the tables of README, docs/ and benchmarks/README
 	$(BIN)/slimdit report results/methods --update docs/methods.md --name methods
 	$(BIN)/slimdit report results/study --update docs/study.md --name study --figures docs/figures/study
 	$(BIN)/slimdit report results/study --update README.md --name study
+	$(BIN)/slimdit report results/study-xs4 --update docs/study.md --name study-xs4
 	$(BIN)/slimdit report results/steps --update docs/steps.md --name steps
 	$(BIN)/python -m benchmarks.record
 
