@@ -11,6 +11,7 @@ which compiling takes less than it saves: what `--compile auto` (`slimdit/compil
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -51,18 +52,20 @@ def main() -> None:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one model: in its best float type and in int8, for every number of images."""
+    """Rows of one model: in its best float type, in int8, and compiled by OpenVINO, for every number of images."""
     rows = []
     plain = load("bundled") if name == "bundled" else Pipeline(random_model(name))
     with tempfile.TemporaryDirectory() as folder:
         context = Context(plain, Path(folder))
         floats = Compile().apply(plain.replace(sampling=Sampling("ddim", 10, guidance=1.5)), context)
-        for kind in ("floats", "int8"):
-            pipeline = floats if kind == "floats" else Quantize(activations="int8").apply(floats.copy(), context)
+        made = {floats.runtime.dtype: floats, "int8": Quantize(activations="int8").apply(floats.copy(), context)}
+        if importlib.util.find_spec("openvino"):
+            made[f"{floats.runtime.dtype}, OpenVINO"] = Compile(engine="openvino").apply(floats, context)
+        for kind, pipeline in made.items():
             save(pipeline, Path(folder, kind))
             for images in options.images:
-                rows.append({"model": name, "weights": pipeline.runtime.dtype if kind == "floats" else kind,
-                             "images": images, **timed(Path(folder, kind), images, options)})
+                rows.append({"model": name, "weights": kind, "images": images,
+                             **timed(Path(folder, kind), images, options)})
     return rows
 
 

@@ -13,7 +13,9 @@ other.
 * torchao (`pip install torchao`): its int8 configurations applied to our model in bfloat16, compiled.
 * ONNX Runtime (`pip install onnxruntime onnx onnxscript`): the exported model, and the same after its own
   `quantize_dynamic`.
-* OpenVINO (`pip install openvino nncf`): in bfloat16, and in int8 by NNCF.
+* OpenVINO (`pip install openvino nncf`): in bfloat16, and in int8 by NNCF. Set beside it is also what slimdit makes of
+  it as an engine, `compile = {engine = "openvino"}`: adaLN ahead, and for int8 the static layers of
+  `quantize = {activations = "int8_static"}`.
 
 What is not installed is not compared.
 """
@@ -78,11 +80,24 @@ def measure(config: Any, name: str, images: int, steps: int, rounds: int) -> lis
         called = {"floats": f"slimdit {ours['floats'].runtime.dtype}", "int8": "slimdit int8"}
         expected = whole(plain, images)
         for kind, peer, run in peers(plain, images, Path(folder)):
-            mine = partial(whole, ours[kind], images)
-            rows.append({"model": name, "images": images, "steps": steps, "a": peer, "b": called[kind],
-                         **compare(run, mine, rounds, settle=1), "a_error": relative(run(), expected),
-                         "b_error": relative(mine(), expected)})
+            beside = {called[kind]: ours[kind]}
+            if peer.startswith("OpenVINO"):
+                beside |= in_openvino(kind, ours["floats"], context)
+            for mine, pipeline in beside.items():
+                own = partial(whole, pipeline, images)
+                rows.append({"model": name, "images": images, "steps": steps, "a": peer, "b": mine,
+                             **compare(run, own, rounds, settle=1), "a_error": relative(run(), expected),
+                             "b_error": relative(own(), expected)})
     return rows
+
+
+def in_openvino(kind: str, floats: Pipeline, context: Context) -> dict[str, Pipeline]:
+    """Ours with OpenVINO as its engine, by name."""
+    made = Compile(engine="openvino").apply(floats.copy(), context)
+    if kind == "floats":
+        return {f"slimdit {made.runtime.dtype} in OpenVINO": made}
+    static = Quantize(weights="int8", activations="int8_static", images=4).apply(made, context)
+    return {"slimdit static int8 in OpenVINO": static}
 
 
 def peers(plain: Pipeline, images: int, folder: Path) -> Iterator[tuple[str, str, Run]]:

@@ -69,6 +69,7 @@ def protocols() -> Rows:
 FORMATS = {
     "native": "a folder of config.json and model.safetensors, read and written",
     "diffusers": "a diffusers folder (model_index.json or a bare transformer), read and written",
+    "openvino": "a folder of model.xml and model.bin that OpenVINO runs without slimdit, written",
     "original": "a .pt or .safetensors of DiT or fast-DiT, read",
 }
 """What there is in `formats.FORMATS`, which imports PyTorch."""

@@ -37,8 +37,9 @@ err = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... [default: cuda where there is one]")]
-Compile = Annotated[str | None, typer.Option("--compile", metavar="yes|no|auto", help="Whether to compile the model; "
-                                             "auto: where it pays. [default: as the model says]")]
+Compile = Annotated[str | None, typer.Option("--compile", metavar="yes|no|auto|openvino", help="Whether to compile the "
+                                             "model; auto: where it pays; openvino: by that engine. "
+                                             "[default: as the model says]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the model says]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, for how long and in how much room.")]
@@ -140,6 +141,7 @@ def run(
     from .training.data import open_data
 
     pipeline = _load(source, device, None, weights, heads, autoencoder)
+    room.check(chosen, pipeline)  # the twin, in seconds: what its last method refuses is refused before the first works
     context = Context(teacher=pipeline, folder=folder, data=open_data(data) if data else None,
                       device=str(pipeline.device), seed=seed,
                       report=lambda line: err.print(line, highlight=False, markup=False))
@@ -228,6 +230,27 @@ def evaluate(
                            feature_weights=feature_weights, download=download, images=images, batch=batch,
                            folder=folder, seed=seed, device=_device(device), resume=resume, dry_run=dry_run,
                            progress=_progress), as_json)
+
+
+@app.command()
+@verb
+def export(
+    model: Annotated[str, typer.Argument(help="A path, 'bundled' or a Hub id.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where it goes: a new folder.")],
+    form: Annotated[str, typer.Option("--format", help="openvino, diffusers or native: see `list formats`.")]
+    = "openvino",
+    steps: Steps = None, solver: Solver = None, spacing: Spacing = None, guidance: Guidance = None,
+    weights: Weights = "ema", heads: Heads = None, autoencoder: Vae = None, as_json: Json = False,
+) -> None:
+    """Write a model for another program: OpenVINO or diffusers, or as slimdit's own folder.
+
+    What OpenVINO gains here, `bench` measures: a recipe with compile = {engine = "openvino"}.
+    """
+    from .commands import export_model
+
+    pipeline = _load(model, "cpu", None, weights, heads, autoencoder, steps=steps, solver=solver, spacing=spacing,
+                     guidance=guidance)
+    _answer(export_model(pipeline, model, folder, form), as_json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import torch
 
 from .compiling import warm_up
 from .files import write_json, write_text, writing
-from .formats import describe, load, save
+from .formats import describe, load, save, size_on_disk
 from .metrics import METRICS
 from .metrics.cost import macs, parameters, run_macs
 from .models.autoencoder import autoencoder_from_dict
@@ -228,6 +228,14 @@ def check_conformance(folder: Path, weights: Path | None, download: bool, batch:
     misses = [str(check) for check in checks if not check.holds]
     return {**told, "definition": network.definition, "metrics": {check.metric: check.found for check in checks},
             "checks": [str(check) for check in checks], "misses": misses, "holds": not misses}
+
+
+def export_model(pipeline: Pipeline, source: str, folder: Path, form: str) -> dict[str, Any]:
+    """Write a pipeline in a format, and say what was written."""
+    save(pipeline, folder, format=form)
+    return {"model": source, "format": form, "out": str(folder),
+            "files": sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()),
+            "bytes": size_on_disk(folder)}
 
 
 def costs(pipeline: Pipeline) -> dict[str, Any]:

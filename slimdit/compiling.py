@@ -94,7 +94,7 @@ def shapes(pipeline: Pipeline, batch: int) -> list[int]:
 
 def as_asked(pipeline: Pipeline, asked: str | None, images: int, batch: int,
              tell: Callable[[str], None]) -> Pipeline:
-    """The pipeline, compiled as asked: `"yes"`, `"no"`, `"auto"` for where it pays, None as the model itself says.
+    """The pipeline, compiled as asked: yes, no, auto for where it pays, openvino for that engine, None as it says.
 
     Args:
         tell: told why, where it was left to us.
@@ -104,14 +104,16 @@ def as_asked(pipeline: Pipeline, asked: str | None, images: int, batch: int,
     """
     if asked is None:
         return pipeline
-    if asked not in ("yes", "no", "auto"):
-        raise ValueError(f"--compile {asked}: use yes, no, or auto for where it pays")
+    if asked not in ("yes", "no", "auto", "openvino"):
+        raise ValueError(f"--compile {asked}: use yes, no, auto for where it pays, or openvino for that engine")
     compiled = pipeline.replace(runtime=replace(pipeline.runtime, compile=True))
+    if asked == "openvino":
+        return compiled.replace(runtime=replace(compiled.runtime, engine="openvino"))
     if asked == "auto":
         choice = choose(compiled, images, batch)
         tell(choice.sentence())
-    return compiled if asked == "yes" or (asked == "auto" and choice.pays) else pipeline.replace(
-        runtime=replace(pipeline.runtime, compile=False))
+    wanted = choice.pays if asked == "auto" else asked != "no"
+    return compiled if wanted else pipeline.replace(runtime=replace(pipeline.runtime, compile=False))
 
 
 @torch.inference_mode()

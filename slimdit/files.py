@@ -26,10 +26,10 @@ def writing(path: Path) -> Iterator[Path]:
     beside = Path(name)
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         beside.chmod(0o644)
         beside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -161,7 +161,8 @@ def _copied(path: Path, name: str) -> Tensor:
         return tensor if halves and tensor.numel() >= WORTH_A_MAPPING else tensor.clone()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See that a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

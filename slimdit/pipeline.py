@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -13,20 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import kernels
+from .models import kernels, openvino
 from .models.attention import AttentionForm
 from .models.autoencoder import Autoencoder, PixelSpace
 from .models.dit import DiT
 from .models.execution import Graphed, compiled, prepack, prepare_for_gpu
 from .models.modulation import Modulations
+from .models.openvino import InOpenVino
 from .sampling.caching import Evaluator
 from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
 from .sampling.solvers import Sampling, solve, timesteps
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Engine = Literal["torch", "openvino"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPLICIT_TOKENS = 512  # up to here `auto` takes the explicit form where compiled on a CPU: docs/log.md
+Compiler = Callable[[DiT, str], Callable[..., Any]]
+"""Of a model's function of that name."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,32 @@ class Runtime:
         compile: whether the model is compiled for the batch it runs at.
         attention: form of softmax attention; `"auto"` is native where that runs (bfloat16 on a CPU with AVX-512's
             products of it, and a C++ compiler), else explicit where compiled on a CPU for short sequences.
+        engine: what compiles the model, and then runs it: PyTorch, or on a CPU OpenVINO, where that is installed.
 
     Raises:
-        ValueError: a value is unknown.
+        ValueError: a value is unknown, or the engine does not have the dtype or the form of attention.
     """
 
     dtype: Dtype = "float32"
     compile: bool = False
     attention: Literal["auto", "fused", "explicit", "native"] = "auto"
+    engine: Engine = field(default="torch", repr=False)  # out of fingerprints that are older than it: see there
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"runtime: dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         if self.attention not in ("auto", "fused", "explicit", "native"):
             raise ValueError(f"runtime: attention {self.attention!r} is unknown; use auto, fused, explicit or native")
+        if self.engine not in ("torch", "openvino"):
+            raise ValueError(f"runtime: engine {self.engine!r} is unknown; use torch or openvino")
+        if self.in_openvino and (self.dtype not in openvino.PRECISIONS or self.attention == "native"):
+            raise ValueError(f"runtime: OpenVINO runs {' or '.join(openvino.PRECISIONS)}, and attention of its own, "
+                             f"not {self.dtype} with {self.attention} attention")
+
+    @property
+    def in_openvino(self) -> bool:
+        """Whether it is OpenVINO that runs the model: what is not compiled, PyTorch runs."""
+        return self.compile and self.engine == "openvino"
 
     def attention_form(self, tokens: int, device: torch.device) -> AttentionForm:
         """The form that `attention` means for a model of so many tokens on a device.
@@ -60,7 +76,8 @@ class Runtime:
             ValueError: native attention is asked for and cannot be had; the sentence says why.
         """
         on_cpu = device.type == "cpu"
-        if self.attention == "native" or (self.attention == "auto" and on_cpu and self.dtype == "bfloat16"):
+        wanted = self.attention == "auto" and on_cpu and self.dtype == "bfloat16" and not self.in_openvino
+        if self.attention == "native" or wanted:
             reason = "it is for bfloat16 on a CPU" if self.dtype != "bfloat16" or not on_cpu else kernels.missing()
             if not reason:
                 return "native"
@@ -163,6 +180,12 @@ class Pipeline:
         """The model as sampling calls it, executed as `runtime` says."""
         dtype, on_gpu = DTYPES[self.runtime.dtype], self.device.type == "cuda"
         form = self.runtime.attention_form(self.model.config.tokens, self.device)
+        if self.runtime.in_openvino:
+            if on_gpu:
+                raise ValueError("runtime: OpenVINO runs on a CPU here, and the model is on a GPU: use engine torch")
+            openvino.library()
+            return Denoiser(openvino.prepared(self.model), torch.float32, form,
+                            partial(InOpenVino, dtype=self.runtime.dtype))
         changes = on_gpu or form == "native" or dtype != self._stored_dtype()
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
@@ -172,7 +195,7 @@ class Pipeline:
             prepare_for_gpu(model, self.device)
         elif form == "native":
             prepack(model)
-        return Denoiser(model, dtype, form, self.runtime.compile)
+        return Denoiser(model, dtype, form, compiler(self.device) if self.runtime.compile else None)
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +226,7 @@ class Pipeline:
         config = self.model.config.to_dict()
         digest = sha256(repr((config, self.sampling, self.process, self.runtime)).encode())
         digest.update(repr(self.sampling.cache).encode() if self.sampling.cache else b"")
+        digest.update(self.runtime.engine.encode() if self.runtime.in_openvino else b"")
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -223,13 +247,13 @@ class Denoiser:
     Attributes:
         model: in the type it computes in.
         form: of softmax attention.
-        compile: whether its functions are compiled for the batch that they are first called with.
+        compiler: of its functions, for the batch that they are called with, or None to run them as they are.
     """
 
     model: DiT
     dtype: torch.dtype
     form: AttentionForm
-    compile: bool = False
+    compiler: Compiler | None = None
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
         """As `DiT.forward`."""
@@ -251,16 +275,16 @@ class Denoiser:
     @cached_property
     def _functions(self) -> Mapping[str, Callable[..., Any]]:
         names = ("forward", "with_change", "without_blocks")
-        return {name: self._compiled(name) if self.compile else getattr(self.model, name) for name in names}
-
-    def _compiled(self, function: str) -> Callable[..., Any]:
-        if self.model.pos_embed.device.type == "cuda":
-            return Graphed(self.model, function)
-        return compiled(getattr(self.model, function))
+        return {name: self.compiler(self.model, name) if self.compiler else getattr(self.model, name) for name in names}
 
     def _float(self, output: Tensor) -> Tensor:
-        # Always a copy, as of the change: a CUDA graph writes its next answer where it wrote this one.
+        # Always a copy, as of the change: CUDA graphs and OpenVINO write the next answer where they wrote this one.
         return output.to(torch.float32, copy=True)
+
+
+def compiler(device: torch.device) -> Compiler:
+    """PyTorch's, as it is best on a device."""
+    return Graphed if device.type == "cuda" else lambda model, function: compiled(getattr(model, function))
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

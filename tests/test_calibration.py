@@ -11,8 +11,10 @@ from slimdit.training.calibration import (
     conditions,
     deployed_calls,
     described,
+    fitted_grid,
     gate_sizes,
     hessians,
+    input_grids,
     layer_inputs,
     output_error,
     outputs,
@@ -105,3 +107,32 @@ def test_conditions_are_weighted_to_one_at_every_timestep(pipeline):
     for t, (condition, weights) in zip(timesteps(pipeline.process, pipeline.sampling), found):
         assert condition.shape == (4, 16) and weights.sum() == pytest.approx(1)
         assert weights[-1] == pytest.approx(0.5 if t <= 600 else 0.25)
+
+
+def grid_error(x, step, zero):
+    return (torch.fake_quantize_per_tensor_affine(x, step, zero, 0, 255) - x).square().mean().item()
+
+
+def test_a_grid_is_no_worse_than_the_whole_range_and_knows_zero():
+    torch.manual_seed(0)
+    for x in (torch.randn(5000), torch.nn.functional.gelu(torch.randn(5000)), torch.rand(5000) + 3,
+              torch.cat([torch.randn(2**19), torch.tensor([60.0])])):
+        step, zero = fitted_grid(x)
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        whole = (high - low) / 255
+        assert grid_error(x, step, zero) <= grid_error(x, whole, round(-low / whole)) and 0 <= zero <= 255
+    assert 10 < step * 255 < 40  # of 64: a lone outlier is cut off
+    assert fitted_grid(torch.zeros(5)) == (1.0, 0)
+    step, zero = fitted_grid(torch.rand(5000) + 3)
+    assert zero == 0  # what is never below zero needs no levels there
+
+
+def test_grids_are_of_all_calls_and_the_same_again(pipeline):
+    calls = deployed_calls(pipeline, images=4, batch=2)
+    names = ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"]
+    grids = input_grids(pipeline.model, calls, names)
+    assert grids == input_grids(pipeline.model, calls, names) and list(grids) == names
+    assert grids["blocks.1.mlp.fc2"][1] < 128  # a GELU is hardly below zero
+    seen = []
+    layer_inputs(pipeline.model, calls, names[1:], lambda name, x: seen.append(x.flatten()))
+    assert grid_error(torch.cat(seen), *grids[names[1]]) < 1e-4 * torch.cat(seen).square().mean()

@@ -99,5 +99,7 @@ def test_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
                                                                                 pays=pays))
         assert as_asked(model, "auto", 1, 1, said.append).runtime.compile is pays
     assert len(said) == 2
-    with pytest.raises(ValueError, match="use yes, no, or auto"):
+    asked = as_asked(model, "openvino", 1, 1, said.append).runtime
+    assert asked.compile and asked.engine == "openvino"
+    with pytest.raises(ValueError, match="use yes, no, auto for where it pays, or openvino"):
         as_asked(model, "maybe", 1, 1, said.append)

@@ -70,6 +70,7 @@ def test_only_what_is_faster_runs_as_it_is():
     assert slow_packed(model("int8_dynamic"), HOPPER) == [f"blocks.{block}.{name}" for block in range(2)
                                                           for name in IN_BLOCKS]
     assert slow_packed(model("int8_dynamic"), (8, 0)) == []
+    assert len(slow_packed(model("int8_static"), (8, 0))) == 8  # no product of a GPU is for them
 
 
 @pytest.mark.parametrize("kind", ["fp8_dynamic", "int8_dynamic", "int8_weight_only"])
@@ -213,7 +214,7 @@ def test_sparse_products_are_the_dense_ones():
 def test_every_one_of_many_models_is_compiled(monkeypatch):
     seen = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, **_):
         seen.append(graph)
         return graph.forward
 

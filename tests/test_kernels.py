@@ -16,7 +16,7 @@ from slimdit.metrics.speed import resident_bytes
 from slimdit.models import kernels
 from slimdit.models.dit import DiT, PatchEmbedder, uniform
 from slimdit.models.execution import prepack
-from slimdit.models.linear import FAST_PRODUCT, Prepacked, int8_product
+from slimdit.models.linear import FAST_PRODUCT, Int8Static, Prepacked, PrepackedInt8, int8_product
 from slimdit.models.surgery import pack_linears
 from slimdit.pipeline import Pipeline, Runtime
 
@@ -89,8 +89,41 @@ def test_what_is_no_number_is_not_hidden():
     assert steps[0].isnan() and steps[1] > 0
 
 
+def static_layer(inside, outside, biased, step=0.02, zero=120):
+    layer = Int8Static.of(torch.nn.Linear(inside, outside, biased))
+    layer.step.fill_(step)
+    layer.zero.fill_(zero)
+    return layer.bfloat16()
+
+
 @native
-@pytest.mark.parametrize("kind", [None, "int8_dynamic"])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 90), st.integers(1, 90), st.booleans(), st.integers(0, 255))
+def test_a_prepacked_static_layer_is_its_definition_for_any_size(rows, inside, outside, biased, zero):
+    torch.manual_seed(rows)
+    layer, x = static_layer(inside, outside, biased, zero=zero), torch.randn(2, rows, inside).bfloat16()
+    with torch.no_grad():
+        actual, expected = PrepackedInt8(layer)(x), layer(x.float())
+    assert actual.dtype == torch.bfloat16 and actual.shape == expected.shape
+    torch.testing.assert_close(actual.float(), expected, rtol=0.008, atol=1e-5)  # bfloat16's own rounding
+
+
+@native
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 90), st.booleans(), st.integers(0, 40))
+def test_its_gelu_is_what_the_next_layer_rounds_to(rows, inside, hidden, biased, zero):
+    torch.manual_seed(rows)
+    first, second = static_layer(inside, hidden, biased), static_layer(hidden, 8, True, 0.01, zero)
+    x = torch.randn(rows, inside).bfloat16()
+    with torch.no_grad():
+        expected = torch.nn.functional.gelu(first(x.float()), approximate="tanh")
+        levels = PrepackedInt8(first).gelu_levels(x, PrepackedInt8(second))
+    wanted = (expected / second.step + zero).clamp(0, 255)
+    assert levels.dtype == torch.uint8 and (levels - wanted).abs().max() <= 0.51
+
+
+@native
+@pytest.mark.parametrize("kind", [None, "int8_dynamic", "int8_static"])
 def test_a_model_gives_with_them_what_it_gives_without(kind):
     model = random_model()
     if kind:

@@ -12,6 +12,7 @@ from slimdit.models.linear import (
     LINEARS,
     READS_INTEGERS,
     Int8Dynamic,
+    Int8Static,
     Int8WeightOnly,
     integer_matmul,
     reads_integers,
@@ -101,6 +102,35 @@ def test_dynamic_is_the_integer_arithmetic_of_its_definition():
     torch.testing.assert_close(packed(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def static_layer(step=0.03, zero=100, bias=True):
+    packed = Int8Static.of(float_layer(bias=bias))
+    packed.step.fill_(step)
+    packed.zero.fill_(zero)
+    return packed
+
+
+def test_static_is_the_integer_arithmetic_of_its_definition():
+    packed, x = static_layer(), 3 * torch.randn(5, 48)
+    levels = ((x / packed.step).round() + 100).clamp(0, 255).to(torch.int64)
+    assert levels.min() == 0 and levels.max() == 255  # both ends are cut off
+    integers = (levels - 100) @ packed.weight.to(torch.int64).t()
+    expected = integers.double() * packed.step.double() * packed.scale.double() + packed.bias.double()
+    torch.testing.assert_close(packed(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_layer_keeps_its_grid_in_a_cast_and_when_saved():
+    packed = static_layer(step=0.0301)
+    cast = copy.deepcopy(packed).to(torch.bfloat16)
+    assert cast.step.dtype == torch.float32 and torch.equal(cast.step, packed.step)
+    assert set(packed.state_dict()) == {"weight", "scale", "bias", "step", "zero"}
+    x = torch.randn(7, 48)
+    assert cast(x.bfloat16()).dtype == torch.bfloat16 and relative_error(cast(x.bfloat16()).float(), packed(x)) < 0.02
+    with torch.device("meta"):
+        empty = Int8Static(48, 40)
+    empty.load_state_dict(packed.state_dict(), strict=True, assign=True)
+    assert torch.equal(empty(x), packed(x)) and (Int8Static(48, 40)(x) == 0).all()
+
+
 @pytest.mark.parametrize("rows, inside, outside", [(1, 8, 8), (17, 24, 16), (3, 5, 7), (64, 4608, 8)])
 def test_integer_matmul_and_its_fallback_are_exact(rows, inside, outside, monkeypatch):
     a = torch.randint(-127, 128, (rows, inside), dtype=torch.int8)
@@ -177,7 +207,7 @@ def test_config_with_linears_builds_the_names_and_shapes_of_a_packed_model():
 
 def test_what_is_not_a_float_linear_or_a_known_kind_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.SiLU())
-    with pytest.raises(ValueError, match="'int3' is unknown; use one of int8_weight_only, int8_dynamic, int4"):
+    with pytest.raises(ValueError, match="'int3' is unknown; use one of int8_weight_only, int8_dynamic, int8_static"):
         replace_linear(model, "0", "int3")
     for name in ("1", "2", "0.weight"):
         with pytest.raises(ValueError, match=f"no float linear layer called '{name}'"):

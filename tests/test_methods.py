@@ -13,6 +13,7 @@ import torch
 
 from slimdit.allocation import Sensitivity
 from slimdit.context import Context, Refused
+from slimdit.formats import load, save
 from slimdit.methods import METHODS
 from slimdit.methods.cache_blocks import CacheBlocks
 from slimdit.methods.compile import Compile
@@ -28,7 +29,7 @@ from slimdit.methods.reduce_steps import ReduceSteps
 from slimdit.methods.simplify_attention import SimplifyAttention
 from slimdit.methods.sparse_experts import SparseExperts
 from slimdit.models.dit import BlockConfig, DiT, uniform
-from slimdit.models.linear import Int8Dynamic, Int8WeightOnly
+from slimdit.models.linear import Int8Dynamic, Int8Static, Int8WeightOnly
 from slimdit.models.surgery import weight_bytes
 from slimdit.pipeline import Pipeline, Runtime
 from slimdit.recipe import Recipe, apply, config_mismatch, fingerprint, rehearse, run
@@ -240,6 +241,18 @@ class TestQuantize:
         assert witness["layers"] == {"int8_dynamic": 8, "int8_weight_only": 2} and witness["layers_left_float"] == 4
         assert witness["bytes_after"] == weight_bytes(changed.model) < 0.75 * witness["bytes_before"]
 
+    def test_static_ranges_are_calibrated_on_the_deployed_runs(self, tmp_path):
+        method = Quantize(activations="int8_static", images=2)
+        changed, witness = apply_once(method, small_pipeline(), tmp_path)
+        again, _ = apply_once(method, small_pipeline(), tmp_path)
+        layers = [layer for layer in changed.model.modules() if type(layer) is Int8Static]
+        assert len(layers) == 8 and witness["layers"] == {"int8_static": 8, "int8_weight_only": 2}
+        assert len({layer.step.item() for layer in layers}) == 8  # each its own
+        assert 0 < witness["output_error"] < 1e-3 and witness["calibration"]["calls"] > 0
+        assert changed.fingerprint() == again.fingerprint()
+        save(changed, tmp_path / "model")
+        assert load(tmp_path / "model").fingerprint() == changed.fingerprint()
+
     def test_a_large_model_shrinks_to_near_a_quarter(self, tmp_path):
         config = uniform(depth=2, width=256, heads=4, patch=4, input_size=(8, 8), channels=1, classes=3)
         _, witness = apply_once(Quantize(), small_pipeline(config), tmp_path)
@@ -287,7 +300,7 @@ class TestQuantize:
             apply_once(Quantize(), once, tmp_path)
 
     @pytest.mark.parametrize("options, sentence", [
-        ({"weights": "int3"}, 'use weights "int8" with activations "int8" or left out'),
+        ({"weights": "int3"}, 'use weights "int8" with activations "int8", "int8_static" or left out'),
         ({"weights": "int4", "activations": "int8"}, '"int4" with activations left out'),
         ({"weights": "fp8"}, '"fp8" with "fp8"'),
         ({"rounding": "hqq"}, "'hqq' does not go with int8; use one of nearest, gptq"),
@@ -385,7 +398,7 @@ class TestCompile:
     def test_sets_the_runtime_only(self, tmp_path):
         changed, witness = apply_once(Compile(dtype="bfloat16", attention="explicit"), small_pipeline(), tmp_path)
         assert changed.runtime == Runtime("bfloat16", compile=True, attention="explicit")
-        assert witness == {"method": "compile", "dtype": "bfloat16", "dtype_before": "float32"}
+        assert witness == {"method": "compile", "dtype": "bfloat16", "dtype_before": "float32", "engine": "torch"}
 
     def test_auto_is_bfloat16_where_the_hardware_has_it(self, monkeypatch):
         for native in (True, False):

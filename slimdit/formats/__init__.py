@@ -10,12 +10,13 @@ from typing import Any
 
 from ..models.dit import preset_name
 from ..pipeline import Pipeline
-from . import diffusers, native, original
+from . import diffusers, native, openvino, original
 from .tensors import FormatError, Loaded
 
 __all__ = ["FORMATS", "FormatError", "describe", "load", "save"]
 
-FORMATS: Mapping[str, ModuleType] = {"native": native, "diffusers": diffusers, "original": original}
+FORMATS: Mapping[str, ModuleType] = {"native": native, "diffusers": diffusers, "openvino": openvino,
+                                     "original": original}
 """Formats by name, in the order in which they are tried."""
 
 BUNDLED = Path(__file__).parents[1] / "assets" / "bundled"
@@ -45,11 +46,13 @@ def save(pipeline: Pipeline, folder: str | Path, *, format: str = "native", **op
     """Write a pipeline to a folder, all of it or nothing.
 
     Args:
-        format: `"native"`, or `"diffusers"` for a folder that plain diffusers loads.
+        format: `"native"`, `"diffusers"` for a folder that plain diffusers loads, or `"openvino"` for one that
+            OpenVINO runs.
         options: the format's own, such as native's dtype="bfloat16".
 
     Raises:
         FormatError: the format cannot hold this model, or the folder holds other files.
+        ImportError: the format needs what is not installed.
     """
     writers = {name: module.save for name, module in FORMATS.items() if hasattr(module, "save")}
     if format not in writers:

@@ -30,7 +30,8 @@ LARGEST_JSON = 16 * 2 ** 20  # bytes
 LARGEST_DEPTH = 4096  # blocks
 LARGEST_SIDE = 2 ** 20  # of any other size in a config
 MODEL_FILES = frozenset({"config.json", "model.safetensors", "recipe.toml", "evidence.json", "README.md",
-                         "transformer", "scheduler", "vae", "model_index.json", "slimdit.json", "slimdit.safetensors"})
+                         "transformer", "scheduler", "vae", "model_index.json", "slimdit.json", "slimdit.safetensors",
+                         "model.xml", "model.bin"})
 
 
 class FormatError(ValueError):

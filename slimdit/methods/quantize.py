@@ -2,9 +2,10 @@
 
 int8 weights are symmetric per output channel, activations per token as they come ("LLM.int8()", arXiv 2208.07339):
 activations change their range along the timesteps, so no range is fixed beforehand (Q-DiT, arXiv 2406.17343, section
-3). int4 weights have a scale and a zero per group and are multiplied as floats. fp8 is for GPUs that multiply it;
-layers too narrow to gain by it run in the runtime's precision. Where a choice needs inputs (GPTQ, SmoothQuant), they
-are those of the pipeline's own sampling runs.
+3) unless `int8_static` asks for one, which is what OpenVINO multiplies fastest. int4 weights have a scale and a zero
+per group and are multiplied as floats. fp8 is for GPUs that multiply it; layers too narrow to gain by it run in the
+runtime's precision. Where a choice needs inputs (GPTQ, SmoothQuant, ranges), they are those of the pipeline's own
+sampling runs.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
     from ..training.calibration import Call
 
-KINDS = {("int8", None): "int8_weight_only", ("int8", "int8"): "int8_dynamic", ("int4", None): "int4_weight_only",
-         ("fp8", "fp8"): "fp8_dynamic"}
+KINDS = {("int8", None): "int8_weight_only", ("int8", "int8"): "int8_dynamic", ("int8", "int8_static"): "int8_static",
+         ("int4", None): "int4_weight_only", ("fp8", "fp8"): "fp8_dynamic"}
 ROUNDINGS = {"int8": ("nearest", "gptq"), "int4": ("nearest", "hqq", "gptq"), "fp8": ("nearest",)}
 GROUP, SMALLEST_GROUP = 128, 16
 SMALLEST_FACTOR = 1e-3
 PROTECTED = ("t_embedder.*", "final_layer.*", "*adaLN_modulation*: int8")
-FINER = {"int4_weight_only": "int8_weight_only", "int8_dynamic": "int8_weight_only"}
+FINER = {"int4_weight_only": "int8_weight_only", "int8_dynamic": "int8_weight_only",
+         "int8_static": "int8_weight_only"}
 KEPT_AS = {"": None, "int8": "int8_weight_only"}  # what a protected layer is stored as, by what follows the pattern
 
 
@@ -42,7 +44,8 @@ class Quantize:
 
     Attributes:
         weights: numbers the weights are stored as.
-        activations: numbers the layers' inputs are rounded to, or None to multiply in the runtime's precision.
+        activations: numbers the layers' inputs are rounded to, or None to multiply in the runtime's precision. `"int8"`
+            looks at every token for its range as it comes; `"int8_static"` has one range a layer, calibrated.
         group: how many int4 weights of a row share a scale; must divide every row. None is 128 where it divides a row,
             else the largest number below that does.
         rounding: how integers are chosen: `"nearest"`; `"hqq"` moves int4's zeros to where most weights are closer;
@@ -54,7 +57,7 @@ class Quantize:
             `: int8` follows the pattern, has int8 weights and is multiplied in float. The default spares what runs
             once per image or not at all in most of the time, and amplifies errors: the embedding of the timestep, the
             final layer, and, with int8 weights because it is a third of the bytes, adaLN. `[]` spares nothing.
-        images: how many sampled images to calibrate on, where rounding or smoothing needs it.
+        images: how many sampled images to calibrate on, where rounding, smoothing or static ranges need it.
         sensitivity: file or folder that `slimdit sensitivity` wrote for the model as it is here, or None. The fewest
             layers that cause the share `spare` of its errors then become one kind finer than the others: int8 weights
             multiplied in float instead of int4 weights or int8 activations, and float instead of int8 weights.
@@ -65,7 +68,7 @@ class Quantize:
     """
 
     weights: Literal["int8", "int4", "fp8"] = "int8"
-    activations: Literal["int8", "fp8"] | None = None
+    activations: Literal["int8", "int8_static", "fp8"] | None = None
     group: int | None = None
     rounding: Literal["nearest", "hqq", "gptq"] = "nearest"
     smooth: float | None = None
@@ -77,8 +80,8 @@ class Quantize:
     def __post_init__(self) -> None:
         if (self.weights, self.activations) not in KINDS:
             raise ValueError(f"quantize: weights {self.weights!r} with activations {self.activations!r} are not "
-                             'supported; use weights "int8" with activations "int8" or left out, "int4" with '
-                             'activations left out, or "fp8" with "fp8"')
+                             'supported; use weights "int8" with activations "int8", "int8_static" or left out, "int4" '
+                             'with activations left out, or "fp8" with "fp8"')
         if self.rounding not in ROUNDINGS[self.weights]:
             raise ValueError(f"quantize: rounding {self.rounding!r} does not go with {self.weights}; use one of "
                              f"{', '.join(ROUNDINGS[self.weights])}")
@@ -114,7 +117,7 @@ class Quantize:
         if not context.rehearsal:  # the twin's rows are of other lengths
             self.require_groups(model, kinds)
         before, calibrated = weight_bytes(model), {}
-        if kinds and (self.smooth is not None or self.rounding == "gptq"):
+        if kinds and (self.smooth is not None or self.rounding == "gptq" or self.activations == "int8_static"):
             calibrated = self.calibrate_and_pack(pipeline, kinds, context)
         else:
             self.pack(model, kinds)
@@ -177,8 +180,15 @@ class Quantize:
                     "it, or use int8")
 
     def calibrate_and_pack(self, pipeline: Pipeline, kinds: dict[str, str], context: Context) -> dict[str, Any]:
-        """Smooth and pack on the inputs that the pipeline's own sampling gives; what that was, for the witness."""
-        from ..training.calibration import absolute_maxima, deployed_calls, described, output_error, outputs
+        """Smooth, pack and fix ranges on the inputs that the pipeline's own sampling gives; what it was, to witness."""
+        from ..training.calibration import (
+            absolute_maxima,
+            deployed_calls,
+            described,
+            input_grids,
+            output_error,
+            outputs,
+        )
 
         model, images = pipeline.model, 1 if context.rehearsal else self.images
         context.report(f"quantize: sampling {images} images to calibrate on")
@@ -186,9 +196,12 @@ class Quantize:
         expected = outputs(model, calls)
         maxima = absolute_maxima(model, calls, kinds)
         smoothed = 0 if self.smooth is None else smooth(model, kinds, maxima, self.smooth)
+        grids = input_grids(model, calls, [name for name, kind in kinds.items() if kind == "int8_static"], context.seed)
         for block, names in groupby(kinds, key=block_of):
             context.report(f"quantize: {block}")
             self.pack(model, {name: kinds[name] for name in names}, calls)
+        for name, (step, zero) in grids.items():
+            fix_range(model, name, step, zero)
         return {"layers_smoothed": smoothed, "output_error": float(f"{output_error(model, calls, expected):.3g}"),
                 "calibration": described(pipeline, calls, maxima, context.seed)}
 
@@ -209,6 +222,13 @@ class Quantize:
             elif self.rounding == "hqq" and grid and not grid.symmetric:
                 rounded[name] = hqq(weight, grid, group)
         pack_linears(model, kinds, rounded)
+
+
+def fix_range(model: DiT, name: str, step: float, zero: int) -> None:
+    """Let a static layer round its inputs to round(x / step) + zero."""
+    layer = model.get_submodule(name)
+    layer.get_buffer("step").fill_(step)
+    layer.get_buffer("zero").fill_(zero)
 
 
 def require_float8(context: Context) -> None:

@@ -20,7 +20,7 @@ from .attention import Attention
 from .dit import DiT, PatchEmbedder
 from .feedforward import MLP
 from .fp8 import Fp8Dynamic
-from .linear import GeluLinear, Int8Dynamic, Prepacked, set_linear
+from .linear import GeluLinear, Int8Dynamic, Int8Static, Prepacked, PrepackedInt8, set_linear
 from .packed import PackedLinear
 
 LEAST_WEIGHTS = 2**21  # of a layer that gains by float8: 1152 x 1152 loses, 1152 x 3456 gains
@@ -37,6 +37,8 @@ def prepack(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
             set_linear(model, name, Prepacked(layer.weight, layer.bias))
+        elif isinstance(layer, Int8Static):
+            set_linear(model, name, PrepackedInt8(layer))
         elif isinstance(layer, PatchEmbedder):
             set_linear(layer, "proj", Prepacked(layer.proj.weight.flatten(1), layer.proj.bias))
 
@@ -58,6 +60,8 @@ def gains(layer: nn.Module, capability: tuple[int, int]) -> bool:
 
     Other GPUs' int8 products have not been measured, and are used.
     """
+    if isinstance(layer, Int8Static):
+        return False
     if isinstance(layer, Fp8Dynamic):
         return layer.in_features * layer.out_features >= (LEAST_ORDINARY if layer.ordinary else LEAST_WEIGHTS)
     return not (isinstance(layer, Int8Dynamic) and capability == HOPPER)
@@ -131,12 +135,14 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
     """A model's function compiled for the shapes it is first called with, however many models were compiled before.
 
     PyTorch counts compilations by the code, which all models share, and from the ninth on runs the rest uncompiled,
-    with no more than a warning.
+    with no more than a warning. What launches the kernels is compiled too, instead of written in Python, unless a mode
+    is asked for: a small model on a CPU otherwise waits for Python a tenth of the time.
     """
     options: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES else {}
+    options |= {"mode": mode} if mode else {"options": {"cpp_wrapper": True}}
     if not ISOLATES:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-    return torch.compile(function, dynamic=False, mode=mode, **options)
+    return torch.compile(function, dynamic=False, **options)
 
 
 class Graphed:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .linear import GeluLinear, Int8Dynamic, Prepacked
+from .linear import GeluLinear, Int8Dynamic, Prepacked, PrepackedInt8
 
 
 class MLP(nn.Module):
@@ -29,6 +29,8 @@ class MLP(nn.Module):
         if self.native and isinstance(self.fc1, Int8Dynamic) and isinstance(self.fc2, Int8Dynamic) and kernels.take(x):
             levels, step = torch.ops.slimdit.gelu_levels(*self.fc1.product(x), self.fc1.bias)
             return self.fc2.finished(self.fc2.product_of_levels(levels, x.dtype), step, x)
+        if isinstance(self.fc1, PrepackedInt8) and isinstance(self.fc2, PrepackedInt8):
+            return self.fc2.of_levels(self.fc1.gelu_levels(x, self.fc2)).view(x.shape)
         return self.fc2(self.fc1(x, gelu=True) if isinstance(self.fc1, Prepacked | GeluLinear) else gelu(self.fc1(x)))
 
 

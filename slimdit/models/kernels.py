@@ -89,6 +89,10 @@ def compiled() -> Path:
 
 torch.library.define("slimdit::attend", "(Tensor qkv, Tensor? steps, Tensor? bias, int images, int heads) -> Tensor")
 torch.library.define("slimdit::gelu_levels", "(Tensor x, Tensor steps, Tensor? bias) -> (Tensor, Tensor)")
+torch.library.define("slimdit::prepack_int8", "(Tensor weight, Tensor scale, Tensor? bias, Tensor handle) -> ()")
+torch.library.define("slimdit::static_linear", "(Tensor levels, Tensor handle, int zero, int outputs) -> Tensor")
+torch.library.define("slimdit::static_gelu_levels", "(Tensor levels, Tensor handle, int zero, int outputs, "
+                                                    "float step, int step_zero) -> Tensor")
 torch.library.define("slimdit::prepack_linear", "(Tensor weight, Tensor handle) -> ()")
 torch.library.define("slimdit::prepacked_linear",
                      "(Tensor rows, Tensor handle, Tensor? bias, int outputs, bool gelu) -> Tensor")
@@ -119,6 +123,32 @@ def gelu_levels(x: Tensor, steps: Tensor, bias: Tensor | None) -> tuple[Tensor, 
         bias: (width,) bfloat16, or None.
     """
     return x.new_empty(x.shape, dtype=torch.uint8), steps.new_empty(x.shape[0], 1)
+
+
+@torch.library.register_fake("slimdit::static_linear")
+def static_linear(levels: Tensor, handle: Tensor, zero: int, outputs: int) -> Tensor:
+    """(levels - zero) W^T + bias, with what `prepack_int8` was given with this handle and keeps as long as it lives.
+
+    `prepack_int8` takes W as int8 (outputs, d) with a float32 scale per row, (outputs,), by which a level's step is
+    multiplied already.
+
+    Args:
+        levels: uint8 (n, d).
+
+    Returns:
+        (n, outputs), bfloat16.
+    """
+    return levels.new_empty(levels.shape[0], outputs, dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("slimdit::static_gelu_levels")
+def static_gelu_levels(levels: Tensor, handle: Tensor, zero: int, outputs: int, step: float, step_zero: int) -> Tensor:
+    """The tanh-approximated GELU of `static_linear`, as the levels of the next layer: round(. / step) + step_zero.
+
+    Returns:
+        uint8, (n, outputs).
+    """
+    return levels.new_empty(levels.shape[0], outputs)
 
 
 @torch.library.register_fake("slimdit::prepacked_linear")

@@ -123,8 +123,37 @@ class Int8Dynamic(Int8WeightOnly):
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-LINEARS: Mapping[str, type[PackedLinear]] = {"int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic,
-                                             "int4_weight_only": Int4WeightOnly, "fp8_dynamic": Fp8Dynamic}
+class Int8Static(Int8WeightOnly):
+    """A linear layer of int8 weights that rounds its input on one grid for all tokens and timesteps, fixed beforehand.
+
+    `step` is float32 (1,) and `zero` uint8 (1,): x becomes round(x / step) + zero in 0..255 ("Quantization and Training
+    of Neural Networks for Efficient Integer-Arithmetic-Only Inference", arXiv 1712.05877, equation 1). Here it is
+    computed in floats; `execution.prepack` puts `PrepackedInt8` in its place.
+    """
+
+    EXACT = ("scale", "step")
+    step: Tensor
+    zero: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 device: torch.device | str | None = None) -> None:
+        super().__init__(in_features, out_features, bias, device)
+        self.register_buffer("step", torch.full((1,), 1 / LEVELS, device=device))
+        self.register_buffer("zero", torch.full((1,), ZERO, dtype=torch.uint8, device=device))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x as the layer sees it: float32, of x's shape."""
+        return (static_levels(x, 1 / self.step, self.zero).float() - self.zero) * self.step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        rows = self.rounded(x) @ self.dequantize().t()
+        return (rows if self.bias is None else rows + self.bias).to(x.dtype)
+
+
+LINEARS: Mapping[str, type[PackedLinear]] = {
+    "int8_weight_only": Int8WeightOnly, "int8_dynamic": Int8Dynamic, "int8_static": Int8Static,
+    "int4_weight_only": Int4WeightOnly, "fp8_dynamic": Fp8Dynamic}
 """Kinds of packed linear layers, by the name that `DiTConfig.linears` gives; int4's has its groups after it, as in
 "int4_weight_only:128"."""
 
@@ -151,6 +180,44 @@ class Prepacked(nn.Module):
         rows = torch.ops.slimdit.prepacked_linear(x.reshape(-1, self.in_features), self.handle, self.bias,
                                                   self.out_features, gelu)
         return rows.view(*x.shape[:-1], self.out_features)
+
+
+class PrepackedInt8(nn.Module):
+    """An `Int8Static` to run and not to save, on CPUs that `kernels` are for: bias, GELU and the rounding for the next
+    layer are parts of its product.
+    """
+
+    handle: Tensor
+    inverse: Tensor
+    shift: Tensor
+
+    def __init__(self, layer: Int8Static) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.step, self.zero = layer.step.item(), int(layer.zero)
+        self.register_buffer("handle", torch.zeros(1), persistent=False)
+        # A tensor, where the step is a number: layers then share the compiled code that rounds.
+        self.register_buffer("inverse", 1 / layer.step, persistent=False)
+        self.register_buffer("shift", layer.zero.float(), persistent=False)
+        torch.ops.slimdit.prepack_int8(layer.weight, layer.scale * layer.step,
+                                       None if layer.bias is None else layer.bias.detach(), self.handle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.of_levels(self.levels(x)).view(*x.shape[:-1], self.out_features)
+
+    def levels(self, x: Tensor) -> Tensor:
+        """What x is rounded to: uint8, (n, in_features)."""
+        return static_levels(x.reshape(-1, self.in_features), self.inverse, self.shift)
+
+    def of_levels(self, levels: Tensor) -> Tensor:
+        """The layer's answer to levels of its input, (n, in_features): bfloat16, (n, out_features)."""
+        return torch.ops.slimdit.static_linear(levels, self.handle, self.zero, self.out_features)
+
+    def gelu_levels(self, x: Tensor, following: PrepackedInt8) -> Tensor:
+        """What the GELU of the answer to x is to the layer that follows it: uint8, (n, out_features)."""
+        return torch.ops.slimdit.static_gelu_levels(self.levels(x), self.handle, self.zero, self.out_features,
+                                                    following.step, following.zero)
 
 
 class GeluLinear(nn.Linear):
@@ -208,6 +275,11 @@ def shifted_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = (rows.abs().amax(dim=1, keepdim=True).float() / LEVELS).clamp(min=TINY)
     # One division a row, not one a number; the clamp is for the rounding of that reciprocal.
     return ((rows.float() * (1 / scale)).round().clamp(-LEVELS, LEVELS) + ZERO).to(torch.uint8), scale
+
+
+def static_levels(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
+    """round(x * inverse) + zero in 0..255, as uint8 of x's shape."""
+    return ((x.float() * inverse).round() + zero).clamp(0, 255).to(torch.uint8)
 
 
 PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -37,6 +37,7 @@ class Modulations:
         self.places = places.to(model.pos_embed.device)  # looked up on the device: nothing waits for it
         row = sum(model.modulation_sizes) * next(model.parameters()).element_size()
         self.ahead = max(1, limit // (row * len(self.labels)))
+        self.asked: Tensor | None = None
         self.seek(0)
 
     def seek(self, step: int) -> None:
@@ -47,7 +48,9 @@ class Modulations:
 
     def __call__(self, y: Tensor) -> Tensor:
         """The rows of this step for labels (batch,): (batch, sum of the model's `modulation_sizes`)."""
-        return self.rows[(self.step - self.first) * len(self.labels) + self.places[y]]
+        if y is not self.asked:  # a run asks for the same labels step after step
+            self.asked, self.place = y, self.places[y]
+        return self.rows[self.place + (self.step - self.first) * len(self.labels)]
 
     def _rows(self, timesteps: Sequence[int]) -> Tensor:
         t, y = torch.tensor(timesteps).repeat_interleave(len(self.labels)), self.labels.repeat(len(timesteps))

@@ -106,6 +106,34 @@ Tensor int8_product(const Tensor& levels, const Tensor& weight, const Tensor& sc
                           static_cast<int64_t>(dtype), "none", c10::List<std::optional<at::Scalar>>(), ""});
 }
 
+void prepack_int8(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias, const Tensor& handle) {
+    static const Operator prepack = found("onednn::qlinear_prepack");
+    const auto zeros = at::zeros({weight.size(0)}, weight.options().dtype(at::kLong));
+    std::vector<Tensor> parts{call(prepack, {weight.contiguous(), c10::IValue()}), scale.contiguous(), zeros};
+    if (bias) parts.push_back(bias->to(at::kFloat).contiguous());
+    kept().put(handle, std::move(parts));
+}
+
+Tensor kept_product(const Tensor& levels, const Tensor& handle, int64_t zero, at::ScalarType dtype, double step,
+                    int64_t step_zero, bool gelu) {
+    static const Operator product = found("onednn::qlinear_pointwise");
+    const auto parts = kept().find(handle);
+    TORCH_CHECK(!parts.empty(), "slimdit: weights that were packed for another layer, or for a copy of it");
+    return call(product, {levels.contiguous(), 1.0, zero, parts[0], parts[1], parts[2],
+                          parts.size() > 3 ? c10::IValue(parts[3]) : c10::IValue(), step, step_zero,
+                          static_cast<int64_t>(dtype), gelu ? "gelu" : "none",
+                          c10::List<std::optional<at::Scalar>>(), gelu ? "tanh" : ""});
+}
+
+Tensor static_linear(const Tensor& levels, const Tensor& handle, int64_t zero, int64_t outputs) {
+    return kept_product(levels, handle, zero, at::kBFloat16, 1.0, 0, false);
+}
+
+Tensor static_gelu_levels(const Tensor& levels, const Tensor& handle, int64_t zero, int64_t outputs, double step,
+                          int64_t step_zero) {
+    return kept_product(levels, handle, zero, at::kByte, step, step_zero, true);
+}
+
 void prepack_linear(const Tensor& weight, const Tensor& handle) {
     static const Operator reorder = found("mkldnn::_reorder_linear_weight");
     kept().put(handle, {call(reorder, {weight.contiguous(), c10::IValue()})});
@@ -126,6 +154,9 @@ TORCH_LIBRARY_IMPL(slimdit, CPU, library) {
     library.impl("attend", attend_rows);
     library.impl("gelu_levels", gelu_to_levels);
     library.impl("int8_product", int8_product);
+    library.impl("prepack_int8", prepack_int8);
+    library.impl("static_linear", static_linear);
+    library.impl("static_gelu_levels", static_gelu_levels);
     library.impl("prepack_linear", prepack_linear);
     library.impl("prepacked_linear", prepacked_linear);
 }

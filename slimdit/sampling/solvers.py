@@ -83,9 +83,11 @@ def solve(denoise: Denoise, process: NoiseProcess, sampling: Sampling, noise: Im
     visited = timesteps(process, sampling)
     x = noise.draw().to(device)
     labels = labels.to(device)
+    both = torch.cat([labels, torch.full_like(labels, null_class)])
 
     def predict(x: Tensor, step: int) -> Prediction:
-        prediction = _guided(denoise, sampling, x, visited[step], labels, null_class, learn_sigma)
+        asked = both if is_guided(sampling, visited[step]) else labels
+        prediction = _guided(denoise, sampling, x, visited[step], asked, learn_sigma)
         if progress:
             progress(step + 1)
         return prediction
@@ -98,20 +100,22 @@ Prediction = tuple[Tensor, Tensor | None]
 """Predicted noise, and the variance output in -1..1 where the model learned one."""
 
 
-def _guided(denoise: Denoise, sampling: Sampling, x: Tensor, timestep: int, labels: Tensor, null_class: int,
+def _guided(denoise: Denoise, sampling: Sampling, x: Tensor, timestep: int, labels: Tensor,
             learn_sigma: bool) -> Prediction:
-    """The prediction at a timestep: eps_null + guidance (eps_label - eps_null) where guidance acts."""
-    batch, channels = x.shape[:2]
-    t = torch.full((batch,), timestep, dtype=torch.int64, device=x.device)
+    """The prediction at a timestep: eps_null + guidance (eps_label - eps_null) where guidance acts.
+
+    There `labels` are twice as many as images, the second half the null class.
+    """
+    channels = x.shape[1]
+    t = torch.full((len(labels),), timestep, dtype=torch.int64, device=x.device)
     if not is_guided(sampling, timestep):
         output = denoise(x, t, labels).float()
         return output[:, :channels], output[:, channels:] if learn_sigma else None
-    null = torch.full_like(labels, null_class)
-    both = denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])).float()
-    output, unconditional = both.chunk(2)
+    output, unconditional = denoise(torch.cat([x, x]), t, labels).float().chunk(2)
     guided = min(channels, sampling.guidance_channels or channels)
-    eps = output[:, :channels].clone()
-    eps[:, :guided] = torch.lerp(unconditional[:, :guided], output[:, :guided], float(sampling.guidance))
+    eps = torch.lerp(unconditional[:, :guided], output[:, :guided], float(sampling.guidance))
+    if guided < channels:
+        eps = torch.cat([eps, output[:, guided:channels]], dim=1)
     return eps, output[:, channels:] if learn_sigma else None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import torch
@@ -111,6 +111,41 @@ def absolute_maxima(model: DiT, calls: Sequence[Call], names: Iterable[str]) -> 
 
         layer_inputs(model, [call], names, visit)
     return largest
+
+
+SAMPLED = 2**16  # numbers of a layer's inputs that its range is chosen by
+SHARES = 16  # of a range that are tried, from each end
+
+
+def input_grids(model: DiT, calls: Sequence[Call], names: Iterable[str], seed: int = 0) -> dict[str, tuple[float, int]]:
+    """The grid of 256 levels for all of a layer's inputs, by name: step and zero, as `fitted_grid` finds them."""
+    seen: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def visit(name: str, x: Tensor) -> None:
+        flat = x.flatten().float().cpu()
+        some = flat[torch.randint(flat.numel(), (-(-SAMPLED // len(calls)),), generator=generator)]
+        seen.setdefault(name, []).append(torch.cat([some, flat.min()[None], flat.max()[None]]))
+
+    layer_inputs(model, calls, names, visit)
+    return {name: fitted_grid(torch.cat(parts)) for name, parts in seen.items()}
+
+
+def fitted_grid(x: Tensor) -> tuple[float, int]:
+    """The step and zero whose levels, round(x / step) + zero in 0..255, lie closest to numbers (n,) in mean square.
+
+    The range may be smaller than that of the numbers: what lies beyond is cut off, and the rest gains by finer steps.
+    """
+    low, high = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+    if low == high:
+        return 1.0, 0
+    best = (float("inf"), 1.0, 0)
+    for below, above in product(range(1, SHARES + 1), repeat=2):
+        step = (high * above - low * below) / SHARES / 255
+        zero = min(max(round(-low * below / SHARES / step), 0), 255)
+        levels = torch.fake_quantize_per_tensor_affine(x, step, zero, 0, 255)
+        best = min(best, ((levels - x).square().mean().item(), step, zero))
+    return best[1:]
 
 
 def hessians(model: DiT, calls: Sequence[Call], names: Iterable[str]) -> dict[str, Tensor]:
