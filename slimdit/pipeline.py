@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -168,8 +169,9 @@ class Pipeline:
             ahead.seek(step)
             evaluator.seek(step)
 
-        return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
-                     null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
+        with openvino.alone() if self.runtime.in_openvino else nullcontext():
+            return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
+                         null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
 
     def evaluator(self) -> Evaluator:
         """The model as a new sampling run calls it."""
@@ -185,7 +187,7 @@ class Pipeline:
                 raise ValueError("runtime: OpenVINO runs on a CPU here, and the model is on a GPU: use engine torch")
             openvino.library()
             return Denoiser(openvino.prepared(self.model), torch.float32, form,
-                            partial(InOpenVino, dtype=self.runtime.dtype))
+                            partial(InOpenVino, dtype=self.runtime.dtype, threads=torch.get_num_threads()))
         changes = on_gpu or form == "native" or dtype != self._stored_dtype()
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}

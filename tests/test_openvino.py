@@ -89,13 +89,13 @@ def test_packed_layers_mean_what_they_meant(kind):
 def test_static_layers_multiply_integers():
     x, t, y = inputs()
     prepared_model = prepared(random_model(kind="int8_static"))
-    run = InOpenVino(prepared_model, "forward", "float32")
+    run = InOpenVino(prepared_model, "forward", "float32", 1)
     run(x, t, y)
     (request, taken), = run.requests.values()
     assert taken == ["x", "t", "y"]
     products = [node for node in request.get_compiled_model().get_runtime_model().get_ops()
                 if node.get_rt_info()["layerType"].astype(str) in ("FullyConnected", "MatMul")]
-    in_integers = [node for node in products if node.get_rt_info()["runtimePrecision"].astype(str) == "i8"]
+    in_integers = [node for node in products if node.get_rt_info()["primitiveType"].astype(str).lower().endswith("i8")]
     assert len(in_integers) == len(IN_BLOCKS)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -39,7 +40,6 @@ def library() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # an import then fails, and it does without
     try:
         import openvino
-        import openvino.frontend
     except ImportError as error:
         raise ImportError(f"OpenVINO is not installed: {EXTRA}, or use the engine torch") from error
     return openvino
@@ -61,10 +61,11 @@ class InOpenVino:
     Args:
         model: as `prepared` makes it.
         dtype: what OpenVINO computes in, a key of `PRECISIONS`.
+        threads: that it uses.
     """
 
-    def __init__(self, model: DiT, function: str, dtype: str) -> None:
-        self.model, self.function, self.dtype = model, function, dtype
+    def __init__(self, model: DiT, function: str, dtype: str, threads: int) -> None:
+        self.model, self.function, self.dtype, self.threads = model, function, dtype, threads
         self.requests: dict[Any, Any] = {}
 
     def __call__(self, *given: Tensor | None) -> Tensor | tuple[Tensor, ...]:
@@ -82,9 +83,20 @@ class InOpenVino:
         model = converted(self.model, self.function, named)
         model.reshape({name: list(tensor.shape) for name, tensor in named.items()})
         settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype], "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+                    "INFERENCE_NUM_THREADS": self.threads}
         request = core().compile_model(model, "CPU", settings).create_infer_request()
         return request, [given.get_any_name() for given in model.inputs]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While inside, PyTorch uses one thread: its idle ones stay awake for a millisecond, and slow OpenVINO's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def prepared(model: DiT) -> DiT:
@@ -141,20 +153,13 @@ def converted(model: DiT, function: str, named: dict[str, Tensor]) -> Any:
         model: as `prepared` makes it, its attention in the form that is wanted.
         named: inputs of any number of images, by name.
     """
-    openvino = library()
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
+    shapes = [[-1, *tensor.shape[1:]] for tensor in named.values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of sizes that are fixed by the config
-        traced = torch.jit.trace(Function(model, function, list(named)), tuple(named.values()), check_trace=False)
-    decoder = TorchScriptPythonDecoder(traced)  # has to live until everything is converted
-    frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
-    made = frontend.convert(frontend.load(decoder))
-    for given, (name, tensor) in zip(made.inputs, named.items(), strict=True):
+        made = library().convert_model(Function(model, function, list(named)), input=shapes,
+                                       example_input=tuple(named.values()))
+    for given, name in zip(made.inputs, named, strict=True):
         given.get_tensor().set_names({name})
-        given.get_node().set_partial_shape(openvino.PartialShape([-1, *tensor.shape[1:]]))
-        given.get_node().set_element_type(openvino.Type(str(tensor.numpy().dtype)))
-    made.validate_nodes_and_infer_types()
     for number, answer in enumerate(made.outputs):
         answer.get_tensor().set_names({("noise", "change")[number]})
     return made
