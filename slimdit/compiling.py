@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .pipeline import Pipeline
-from .sampling.solvers import full_steps, is_guided, timesteps
+from .sampling.solvers import SOLVE, blank, full_steps, is_guided, timesteps
 
 # `benchmarks/compiling.py`, on two cores: seconds to compile, and what it then saves of an evaluation at the least.
 COLD = (10.0, 1.3)  # at all, and per block
@@ -76,9 +76,11 @@ def warm_up(pipeline: Pipeline, batch: int) -> float:
         return 0.0
     began = time.perf_counter()
     functions = ("with_change", "without_blocks") if pipeline.sampling.cache else ("forward",)
+    if pipeline.takes_whole_steps:
+        functions = ("step",)
     for rows in shapes(pipeline, batch):
         for function in functions:
-            call(pipeline, function, rows)
+            call(pipeline, function, rows, batch)
     seconds = time.perf_counter() - began
     place = marker(pipeline, batch)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,11 @@ def as_asked(pipeline: Pipeline, asked: str | None, images: int, batch: int,
 
 
 @torch.inference_mode()
-def call(pipeline: Pipeline, function: str, rows: int) -> None:
-    """Call a function of the model on zeros, as a sampling run does, and wait for its answer."""
+def call(pipeline: Pipeline, function: str, rows: int, images: int = 1) -> None:
+    """Call a function of the model on zeros, as a sampling run does, and wait for its answer.
+
+    A whole `step` of so many images is one, too.
+    """
     from .models.modulation import Modulations
 
     config, device = pipeline.model.config, pipeline.device
@@ -127,7 +132,10 @@ def call(pipeline: Pipeline, function: str, rows: int) -> None:
     denoise = pipeline.denoise
     ahead = Modulations(denoise.model, [0], y[:1])
     ahead.seek(0)
-    if function == "without_blocks":
+    if function == "step":
+        numbers = torch.tensor(SOLVE[pipeline.sampling.solver].coefficients([0.5, 1.0])[0], device=device)
+        pipeline.step(x[:images], t, y, ahead(y), numbers, *blank(pipeline.sampling, x[:images]))
+    elif function == "without_blocks":
         change = torch.zeros(rows, config.tokens, config.width, dtype=denoise.dtype, device=device)
         denoise.without_blocks(x, t, y, ahead(y), change)
     else:
@@ -140,6 +148,7 @@ def marker(pipeline: Pipeline, batch: int) -> Path:
     """The file that says that PyTorch has compiled this structure at this batch before."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    sampling = pipeline.sampling
     known = repr((pipeline.model.config, asdict(pipeline.runtime), shapes(pipeline, batch), torch.__version__,
-                  pipeline.device.type))
+                  pipeline.device.type, sampling.solver, sampling.guidance, sampling.guidance_channels))
     return Path(cache_dir()) / "slimdit" / sha256(known.encode()).hexdigest()[:32]

@@ -24,14 +24,14 @@ from .models.openvino import InOpenVino
 from .sampling.caching import Evaluator
 from .sampling.process import NoiseProcess
 from .sampling.seeds import ImageNoise, image_labels
-from .sampling.solvers import Sampling, solve, timesteps
+from .sampling.solvers import Kept, Sampling, one_step, solve, timesteps, walk
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Engine = Literal["torch", "openvino"]
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXPLICIT_TOKENS = 512  # up to here `auto` takes the explicit form where compiled on a CPU: docs/log.md
-Compiler = Callable[[DiT, str], Callable[..., Any]]
-"""Of a model's function of that name."""
+Compiler = Callable[[DiT, Callable[..., Any]], Callable[..., Any]]
+"""Of a function of a model."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,25 @@ class Pipeline:
             ahead.seek(step)
             evaluator.seek(step)
 
+        if self.takes_whole_steps:
+            return walk(lambda x, t, y, *others: self.step(x, t, y, ahead(y), *others), self.process, self.sampling,
+                        noise, labels, null_class=config.classes, device=self.device, progress=seek)
         with openvino.alone() if self.runtime.in_openvino else nullcontext():
             return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
                          null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
+
+    @property
+    def takes_whole_steps(self) -> bool:
+        """Whether PyTorch compiles guidance and the solver's arithmetic with the model, as one function a step.
+
+        `benchmarks/step.py` says what that gains. Cached steps differ from one another; OpenVINO sees the model alone.
+        """
+        return self.runtime.compile and not self.runtime.in_openvino and self.sampling.cache is None
+
+    @cached_property
+    def step(self) -> Callable[..., tuple[Tensor, Kept]]:
+        """A whole step of `walk`, compiled, with what adaLN says after the labels."""
+        return self.denoise.whole_step(self.sampling)
 
     def evaluator(self) -> Evaluator:
         """The model as a new sampling run calls it."""
@@ -270,6 +286,29 @@ class Denoiser:
         """As `DiT.without_blocks`."""
         return self._float(self._executed("without_blocks", x, t, y, modulations, change))
 
+    def whole_step(self, sampling: Sampling) -> Callable[..., tuple[Tensor, Kept]]:
+        """The model, guidance and the solver's arithmetic as one compiled function.
+
+        (x, t, y, modulations, coefficients, kept, drawn) to what `one_step` returns, in tensors that stay.
+        """
+        learn_sigma = self.model.config.learn_sigma
+
+        def step(x: Tensor, t: Tensor, y: Tensor, modulations: Tensor, *others: Any) -> tuple[Tensor, Kept]:
+            def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                return self.model(x.to(self.dtype), t, y, modulations)
+
+            return one_step(denoise, sampling, learn_sigma, x, t, y, *others)
+
+        assert self.compiler is not None
+        run, on_gpu = self.compiler(self.model, step), self.model.pos_embed.device.type == "cuda"
+
+        def stepped(*given: Any) -> tuple[Tensor, Kept]:
+            self.model.use_attention(self.form)
+            x, kept = run(*given)
+            return (x.clone(), tuple(part.clone() for part in kept)) if on_gpu else (x, kept)
+
+        return stepped
+
     def _executed(self, function: str, x: Tensor, *others: Any) -> Any:
         self.model.use_attention(self.form)  # another pipeline may share the model and execute it otherwise
         return self._functions[function](x.to(self.dtype), *others)
@@ -277,7 +316,8 @@ class Denoiser:
     @cached_property
     def _functions(self) -> Mapping[str, Callable[..., Any]]:
         names = ("forward", "with_change", "without_blocks")
-        return {name: self.compiler(self.model, name) if self.compiler else getattr(self.model, name) for name in names}
+        plain = {name: getattr(self.model, name) for name in names}
+        return {name: self.compiler(self.model, run) for name, run in plain.items()} if self.compiler else plain
 
     def _float(self, output: Tensor) -> Tensor:
         # Always a copy, as of the change: CUDA graphs and OpenVINO write the next answer where they wrote this one.
@@ -286,7 +326,7 @@ class Denoiser:
 
 def compiler(device: torch.device) -> Compiler:
     """PyTorch's, as it is best on a device."""
-    return Graphed if device.type == "cuda" else lambda model, function: compiled(getattr(model, function))
+    return Graphed if device.type == "cuda" else lambda model, function: compiled(function)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

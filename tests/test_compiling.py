@@ -28,9 +28,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def compiled(function: Any) -> Any:
-        def wrapped(x: torch.Tensor, *others: Any) -> Any:
-            calls.append((function.__name__, len(x)))
-            return function(x, *others)
+        def wrapped(x: torch.Tensor, t: torch.Tensor, *others: Any) -> Any:
+            calls.append((function.__name__, len(t)))
+            return function(x, t, *others)
         return wrapped
 
     monkeypatch.setattr(pipeline, "compiled", compiled)
@@ -70,8 +70,10 @@ def test_what_is_compiled_before_is_known_for_the_same_model_batch_and_runtime(c
 
 
 @pytest.mark.parametrize(("sampling", "expected"), [
-    ({"steps": 4, "guidance": 1.5}, [("forward", 4)]), ({"steps": 4, "guidance": 1.0}, [("forward", 2)]),
-    ({"steps": 4, "guidance": 1.5, "guidance_interval": (0, 500)}, [("forward", 4), ("forward", 2)]),
+    ({"steps": 4, "guidance": 1.5}, [("step", 4)]), ({"steps": 4, "guidance": 1.0}, [("step", 2)]),
+    ({"steps": 4, "guidance": 1.5, "solver": "ddpm"}, [("step", 4)]),
+    ({"steps": 4, "guidance": 1.5, "solver": "unipc"}, [("step", 4)]),
+    ({"steps": 4, "guidance": 1.5, "guidance_interval": (0, 500)}, [("step", 4), ("step", 2)]),
     ({"steps": 4, "guidance": 1.0, "cache": Caching((0, 2))}, [("with_change", 2), ("without_blocks", 2)])])
 def test_all_that_a_run_calls_is_called_before_it(sampling: dict, expected: list, called: list) -> None:
     model = compiled_pipeline(**sampling)

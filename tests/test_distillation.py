@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from slimdit.models.dit import DiT, uniform
 from slimdit.models.surgery import enlarge_patch, keep_blocks
 from slimdit.sampling.settings import Sampling
-from slimdit.sampling.solvers import _guided, is_guided
+from slimdit.sampling.solvers import guided as guided_answer
+from slimdit.sampling.solvers import is_guided
 from slimdit.training.calibration import Call
 from slimdit.training.distillation import (
     Features,
@@ -156,7 +157,8 @@ def test_a_guided_answer_is_samplings_own(channels, interval):
         for place in range(4):
             label = y[place:place + 1]
             asked = torch.cat([label, torch.tensor([3])]) if is_guided(sampling, int(t[place])) else label
-            eps, variance = _guided(model, sampling, x[place:place + 1], int(t[place]), asked, True)
+            eps, variance = guided_answer(model, sampling, x[place:place + 1], t[place].expand(len(asked)), asked,
+                                          True)
             torch.testing.assert_close(answer[place:place + 1], torch.cat([eps, variance], 1), rtol=1e-4, atol=1e-5)
         plain = model(x, t, y)
     torch.testing.assert_close(answer[3], plain[3], rtol=1e-4, atol=1e-5)  # the null class

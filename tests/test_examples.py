@@ -199,13 +199,16 @@ def test_peers_make_the_same_latents(monkeypatch):
     assert all(0 < row["low"] <= row["high"] for row in rows.values())
 
 
-def test_a_compiled_step_makes_the_same_latents(monkeypatch):
+def test_a_compiled_step_makes_the_same_latents(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.step")
-    monkeypatch.setattr(room, "compiled", lambda function: function)
-    model = DiT(uniform(depth=1, width=32, heads=2, patch=2, input_size=(4, 4), channels=1, classes=3)).eval()
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
-    pipeline = room.Pipeline(model, room.Sampling("ddim", 3, guidance=room.GUIDANCE))
-    assert torch.allclose(room.compiled_run(pipeline, 2)(), room.whole(pipeline, 2), atol=1e-5)
+    monkeypatch.setattr("slimdit.pipeline.compiled", lambda function: function)
+    monkeypatch.setattr(sys, "argv", shlex.split("step --models bundled --images 2 --steps 3 --rounds 1 --solvers "
+                                                 "ddim unipc"))
+    with torch.no_grad():
+        room.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["solver"] for row in rows] == ["ddim", "ddim", "unipc", "unipc"]
+    assert all(row["error"] < 1e-3 for row in rows)
 
 
 def test_compiling_is_timed_apart_and_pays_from_where_it_saves_what_it_took(monkeypatch, capsys):

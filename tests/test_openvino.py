@@ -89,7 +89,7 @@ def test_packed_layers_mean_what_they_meant(kind):
 def test_static_layers_multiply_integers():
     x, t, y = inputs()
     prepared_model = prepared(random_model(kind="int8_static"))
-    run = InOpenVino(prepared_model, "forward", "float32", 1)
+    run = InOpenVino(prepared_model, prepared_model.forward, "float32", 1)
     run(x, t, y)
     (request, taken), = run.requests.values()
     assert taken == ["x", "t", "y"]

@@ -144,10 +144,28 @@ def test_a_compiled_model_sees_one_batch_size_only(monkeypatch):
     assert {len(labels) for labels in calls} == {4}
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_compiled_step_is_the_step(solver, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function.__name__) or function)
+    pipeline = build(Sampling(solver, 6, guidance=3.0, guidance_channels=2, guidance_interval=(300, 800)))
+    compiled = pipeline.replace(runtime=Runtime(compile=True, attention="fused"))
+    assert np.array_equal(compiled.sample(range(3), batch=3), pipeline.sample(range(3), batch=3))
+    assert seen == ["step"]
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "unipc"])
+def test_the_compiler_takes_a_whole_step(solver):
+    pipeline = build(Sampling(solver, 4, guidance=3.0))
+    compiled = pipeline.replace(runtime=Runtime(compile=True, attention="fused"))
+    assert levels_apart(compiled.sample(range(3), batch=3), pipeline.sample(range(3), batch=3)).max() <= 1
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["ddim", "unipc"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cuda_graphs_keep_every_answer_apart(dtype):
-    pipeline = build()
+def test_cuda_graphs_keep_every_answer_apart(dtype, solver):
+    pipeline = build(Sampling(solver, 6, guidance=2.0, guidance_interval=(0, 600)))
     plain, runtime = pipeline.sample(range(8), batch=4), Runtime(dtype, compile=True)
     again = pipeline.replace(runtime=runtime).to("cuda").sample(range(8), batch=4)
     assert levels_apart(again, plain).mean() < (0.1 if dtype == "float32" else 2)

@@ -146,22 +146,22 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
 
 
 class Graphed:
-    """A function of a model whose kernels are launched as one CUDA graph.
+    """A function of a model whose kernels are launched as one CUDA graph: of x, t for every row that it sees, and more.
 
     It is compiled at its first call: how many tokens there are then decides which 2:4 layers gain by running sparse.
     """
 
-    def __init__(self, model: DiT, function: str) -> None:
+    def __init__(self, model: DiT, function: Callable[..., Any]) -> None:
         self.model, self.function = model, function
         self.compiled: Callable[..., Any] | None = None
 
-    def __call__(self, x: Tensor, *others: Any) -> Any:
-        """As the model's function; the answer is overwritten by the next one."""
+    def __call__(self, x: Tensor, t: Tensor, *others: Any) -> Any:
+        """As the function; the answer is overwritten by the next one."""
         if self.compiled is None:
             if torch.backends.cusparselt.is_available():
-                run_sparse(self.model, len(x) * self.model.config.tokens)
-            self.compiled = compiled(getattr(self.model, self.function), mode="reduce-overhead")
-        return self.compiled(x, *others)
+                run_sparse(self.model, len(t) * self.model.config.tokens)
+            self.compiled = compiled(self.function, mode="reduce-overhead")
+        return self.compiled(x, t, *others)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -60,12 +60,13 @@ class InOpenVino:
 
     Args:
         model: as `prepared` makes it.
+        function: a method of it.
         dtype: what OpenVINO computes in, a key of `PRECISIONS`.
         threads: that it uses.
     """
 
-    def __init__(self, model: DiT, function: str, dtype: str, threads: int) -> None:
-        self.model, self.function, self.dtype, self.threads = model, function, dtype, threads
+    def __init__(self, model: DiT, function: Callable[..., Any], dtype: str, threads: int) -> None:
+        self.model, self.function, self.dtype, self.threads = model, function.__name__, dtype, threads
         self.requests: dict[Any, Any] = {}
 
     def __call__(self, *given: Tensor | None) -> Tensor | tuple[Tensor, ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -80,110 +82,169 @@ def solve(denoise: Denoise, process: NoiseProcess, sampling: Sampling, noise: Im
     Returns:
         (batch, channels, height, width), float32 on `device`.
     """
-    visited = timesteps(process, sampling)
+    return walk(partial(one_step, denoise, sampling, learn_sigma), process, sampling, noise, labels,
+                null_class=null_class, device=device, progress=progress)
+
+
+Kept = tuple[Tensor, ...]
+"""What a solver keeps from step to step, each of the shape of the images; zeros at first."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Kept, Tensor | None], tuple[Tensor, Kept]]
+"""x (batch, ...), t and y (one or two an image), coefficients, kept, drawn noise: to the next x, and what to keep."""
+
+
+@torch.no_grad()
+def walk(step: Step, process: NoiseProcess, sampling: Sampling, noise: ImageNoise, labels: Tensor, *, null_class: int,
+         device: torch.device, progress: Callable[[int], None] | None = None) -> Tensor:
+    """`solve` by a function that takes a whole step: the model, guidance and the solver's arithmetic.
+
+    At a guided timestep it is given labels twice, the second time as the null class.
+    """
+    visited, solver = timesteps(process, sampling), SOLVE[sampling.solver]
     x = noise.draw().to(device)
     labels = labels.to(device)
     both = torch.cat([labels, torch.full_like(labels, null_class)])
-
-    def predict(x: Tensor, step: int) -> Prediction:
-        asked = both if is_guided(sampling, visited[step]) else labels
-        prediction = _guided(denoise, sampling, x, visited[step], asked, learn_sigma)
+    coefficients = torch.tensor(solver.coefficients([*process.alphas_cumprod[visited].tolist(), 1.0])).to(device)
+    kept, drawn = blank(sampling, x)
+    for number, timestep in enumerate(visited):
+        y = both if is_guided(sampling, timestep) else labels
+        t = torch.full((len(y),), timestep, dtype=torch.int64, device=device)
+        if solver.draws and number < len(visited) - 1:
+            drawn = noise.draw().to(device)
+        x, kept = step(x, t, y, coefficients[number], kept, drawn)
         if progress:
-            progress(step + 1)
-        return prediction
-
-    shares = [*process.alphas_cumprod[visited].tolist(), 1.0]
-    return SOLVE[sampling.solver](predict, shares, x, lambda: noise.draw().to(device))
+            progress(number + 1)
+    return x
 
 
-Prediction = tuple[Tensor, Tensor | None]
-"""Predicted noise, and the variance output in -1..1 where the model learned one."""
+def blank(sampling: Sampling, x: Tensor) -> tuple[Kept, Tensor | None]:
+    """What a step is given where nothing is kept yet, and nothing drawn."""
+    solver = SOLVE[sampling.solver]
+    return (torch.zeros_like(x),) * solver.kept, torch.zeros_like(x) if solver.draws else None
 
 
-def _guided(denoise: Denoise, sampling: Sampling, x: Tensor, timestep: int, labels: Tensor,
-            learn_sigma: bool) -> Prediction:
-    """The prediction at a timestep: eps_null + guidance (eps_label - eps_null) where guidance acts.
+def one_step(denoise: Denoise, sampling: Sampling, learn_sigma: bool, x: Tensor, t: Tensor, y: Tensor,
+             coefficients: Tensor, kept: Kept, drawn: Tensor | None) -> tuple[Tensor, Kept]:
+    """A step of `walk`, by operations on tensors alone: it can be compiled as one function."""
+    eps, variance = guided(denoise, sampling, x, t, y, learn_sigma)
+    return SOLVE[sampling.solver].step(x, eps, variance, coefficients.unbind(), kept, drawn)
 
-    There `labels` are twice as many as images, the second half the null class.
+
+def guided(denoise: Denoise, sampling: Sampling, x: Tensor, t: Tensor, y: Tensor,
+           learn_sigma: bool) -> tuple[Tensor, Tensor | None]:
+    """The predicted noise at timesteps, and the variance output in -1..1 where the model learned one.
+
+    Where there are two labels an image, it is eps_null + guidance (eps_label - eps_null).
     """
     channels = x.shape[1]
-    t = torch.full((len(labels),), timestep, dtype=torch.int64, device=x.device)
-    if not is_guided(sampling, timestep):
-        output = denoise(x, t, labels).float()
+    if len(y) == len(x):
+        output = denoise(x, t, y).float()
         return output[:, :channels], output[:, channels:] if learn_sigma else None
-    output, unconditional = denoise(torch.cat([x, x]), t, labels).float().chunk(2)
-    guided = min(channels, sampling.guidance_channels or channels)
-    eps = torch.lerp(unconditional[:, :guided], output[:, :guided], float(sampling.guidance))
-    if guided < channels:
-        eps = torch.cat([eps, output[:, guided:channels]], dim=1)
+    output, unconditional = denoise(torch.cat([x, x]), t, y).float().chunk(2)
+    steered = min(channels, sampling.guidance_channels or channels)
+    eps = torch.lerp(unconditional[:, :steered], output[:, :steered], float(sampling.guidance))
+    if steered < channels:
+        eps = torch.cat([eps, output[:, steered:channels]], dim=1)
     return eps, output[:, channels:] if learn_sigma else None
 
 
-Predict = Callable[[Tensor, int], Prediction]
-"""(x, step) to the prediction at the chain's step, 0 being the noisiest."""
-Draw = Callable[[], Tensor]
+Numbers = Sequence[Tensor]
+"""A step's coefficients, each a tensor of no dimension."""
 
 
-def ddpm(predict: Predict, shares: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
-    """Ancestral sampling (DDPM algorithm 2) of the chain respaced to these shares.
+@dataclass(frozen=True)
+class Solver:
+    """A solver as a table of numbers for a chain of shares, and the arithmetic of one step with a row of it.
+
+    Attributes:
+        coefficients: of every step from one share to the next.
+        step: (x, eps, variance, coefficients, kept, drawn) to the next x, and what to keep.
+        kept: how many tensors it keeps from step to step.
+        draws: whether it draws noise, at every step but the last.
+    """
+
+    coefficients: Callable[[Sequence[float]], list[list[float]]]
+    step: Callable[[Tensor, Tensor, Tensor | None, Numbers, Kept, Tensor | None], tuple[Tensor, Kept]]
+    kept: int = 0
+    draws: bool = False
+
+
+def _to_clean(share: float) -> list[float]:
+    """What `_clean` needs of a share."""
+    return [(1 - share) ** 0.5, share**0.5]
+
+
+def _clean(x: Tensor, eps: Tensor, of_noise: Tensor, of_signal: Tensor) -> Tensor:
+    """The clean image that x and its noise mean (DDPM equation 4, turned round)."""
+    return (x - of_noise * eps) / of_signal
+
+
+def _ddpm_table(shares: Sequence[float]) -> list[list[float]]:
+    tables = PosteriorTables.of(torch.tensor(shares[-2::-1], dtype=torch.float64))  # clean first
+    last = len(shares) - 2
+    rows = torch.stack([tables.clean_weight, tables.noisy_weight, tables.log_variance, tables.log_beta], 1).tolist()
+    return [[*_to_clean(share), *rows[last - step], float(step < last)] for step, share in enumerate(shares[:-1])]
+
+
+def ddpm(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kept: Kept,
+         drawn: Tensor | None) -> tuple[Tensor, Kept]:
+    """Ancestral sampling (DDPM algorithm 2) of the chain respaced to the shares.
 
     A learned variance lies between the posterior's and beta of that chain (Improved DDPM equation 15); without one it
     is the posterior's. The last step adds no noise.
     """
-    tables = PosteriorTables.of(torch.tensor(shares[-2::-1], dtype=torch.float64))  # clean first
-    for step, share in enumerate(shares[:-1]):
-        place = len(shares) - 2 - step
-        eps, variance = predict(x, step)
-        mean = tables.clean_weight[place] * _clean(x, eps, share) + tables.noisy_weight[place] * x
-        if place == 0:
-            return mean
-        log_variance = tables.log_variance[place]
-        if variance is not None:
-            log_variance = learned_log_variance(variance, log_variance, tables.log_beta[place])
-        x = mean + (0.5 * log_variance).exp() * draw()
-    return x
+    of_noise, of_signal, clean_weight, noisy_weight, log_variance, log_beta, noisy = numbers
+    mean = clean_weight * _clean(x, eps, of_noise, of_signal) + noisy_weight * x
+    if variance is not None:
+        log_variance = learned_log_variance(variance, log_variance, log_beta)
+    assert drawn is not None
+    return mean + noisy * ((0.5 * log_variance).exp() * drawn), ()
 
 
-def ddim(predict: Predict, shares: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
+def _ddim_table(shares: Sequence[float]) -> list[list[float]]:
+    return [[*_to_clean(share), following**0.5, (1 - following) ** 0.5] for share, following in pairwise(shares)]
+
+
+def ddim(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kept: Kept,
+         drawn: Tensor | None) -> tuple[Tensor, Kept]:
     """DDIM equation 12 with sigma 0: the clean image as predicted now, noised again with the same noise."""
-    for step, (share, following) in enumerate(pairwise(shares)):
-        eps, _ = predict(x, step)
-        x = following**0.5 * _clean(x, eps, share) + (1 - following) ** 0.5 * eps
-    return x
+    of_noise, of_signal, next_signal, next_noise = numbers
+    return next_signal * _clean(x, eps, of_noise, of_signal) + next_noise * eps, ()
 
 
-def dpmpp_2m(predict: Predict, shares: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
+def _dpmpp_2m_table(shares: Sequence[float]) -> list[list[float]]:
+    path = _Path(shares)
+    return [[*_to_clean(share), *path.advance(step)] for step, share in enumerate(shares[:-1])]
+
+
+def dpmpp_2m(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kept: Kept,
+             drawn: Tensor | None) -> tuple[Tensor, Kept]:
     """DPM-Solver++ (2M), algorithm 2 of its paper: second order from the clean images of this step and the last.
 
     The first and the last step are of first order.
     """
-    path, clean = _Path(shares), []
-    for step, share in enumerate(shares[:-1]):
-        eps, _ = predict(x, step)
-        clean.append(_clean(x, eps, share))
-        x = path.advance(x, clean, step)
-    return x
+    of_noise, of_signal, slope, of_x, of_target = numbers
+    before, = kept
+    clean = _clean(x, eps, of_noise, of_signal)
+    return of_x * x + of_target * (clean + slope * (clean - before)), (clean,)
 
 
-def unipc(predict: Predict, shares: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
+def _unipc_table(shares: Sequence[float]) -> list[list[float]]:
+    path = _Path(shares)
+    return [[*_to_clean(share), *path.correct(step), *path.advance(step)] for step, share in enumerate(shares[:-1])]
+
+
+def unipc(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kept: Kept,
+          drawn: Tensor | None) -> tuple[Tensor, Kept]:
     """UniPC of order 2, B(h) = e^h - 1, on clean images: UniP-2 is DPM-Solver++ 2M, and UniC corrects what it reached.
 
     A step's prediction also corrects the point it was made at, so the correction costs no evaluation.
     """
-    path, clean = _Path(shares), []
-    before = x
-    for step, share in enumerate(shares[:-1]):
-        eps, _ = predict(x, step)
-        clean.append(_clean(x, eps, share))
-        if step > 0:
-            x = path.correct(before, clean, step)
-        before, x = x, path.advance(x, clean, step)
-    return x
-
-
-def _clean(x: Tensor, eps: Tensor, share: float) -> Tensor:
-    """The clean image that x and its noise mean (DDPM equation 4, turned round)."""
-    return (x - (1 - share) ** 0.5 * eps) / share**0.5
+    of_noise, of_signal, as_it_is, of_start, of_goal, old_slope, new_slope, slope, of_x, of_target = numbers
+    start, before, earlier = kept
+    clean = _clean(x, eps, of_noise, of_signal)
+    goal = before + old_slope * (before - earlier) + new_slope * (clean - before)
+    x = as_it_is * x + of_start * start + of_goal * goal
+    return of_x * x + of_target * (clean + slope * (clean - before)), (x, clean, before)
 
 
 class _Path:
@@ -195,47 +256,50 @@ class _Path:
         self.lam = [math.log(a / s) if s > 0 else math.inf for a, s in zip(self.alpha, self.sigma, strict=True)]
         self.last = len(shares) - 2
 
-    def advance(self, x: Tensor, clean: list[Tensor], step: int) -> Tensor:
-        """From point `step` to the next, with the clean images predicted so far (UniP, DPM-Solver++ 2M)."""
+    def advance(self, step: int) -> list[float]:
+        """From point `step` to the next (UniP, DPM-Solver++ 2M): of the clean image's last change, x and target."""
         h = self.lam[step + 1] - self.lam[step]
-        target = clean[step]
-        if self._order(step) == 2:
-            target = target + 0.5 * self._slope(clean, step, h)
-        return self._move(x, target, step, h)
+        slope = 0.5 * self._slope(step, h) if self._order(step) == 2 else 0.0
+        return [slope, *self._move(step, h)]
 
-    def correct(self, x: Tensor, clean: list[Tensor], step: int) -> Tensor:
-        """The step that led to point `step` again, now that the clean image there is predicted (UniC)."""
+    def correct(self, step: int) -> list[float]:
+        """The step that led to point `step` again, now that the clean image there is predicted (UniC).
+
+        Returns:
+            Of the point as it is, 1 at the first, to which no step led, and else 0; of the point before, of the target
+            from there; and in that target of the change before it, and of the new one.
+        """
+        if step == 0:
+            return [1.0, 0.0, 0.0, 0.0, 0.0]
         h = self.lam[step] - self.lam[step - 1]
-        start, change = clean[step - 1], clean[step] - clean[step - 1]
+        move = self._move(step - 1, h)
         if self._order(step - 1) == 1:
-            return self._move(x, start + 0.5 * change, step - 1, h)
+            return [0.0, *move, 0.0, 0.5]
         # UniPC equations 9 and 10: sum_m rho_m r_m^(k-1) = k! phi_(k+1)(-h) / B, k = 1, 2; the new point has r = 1.
         r = (self.lam[step - 2] - self.lam[step - 1]) / h
         b = math.expm1(-h)
         first = (b / -h - 1) / b
         second = 2 * ((b / -h - 1) / -h - 0.5) / b
         rho_old = (first - second) / (1 - r)
-        old = rho_old * self._slope(clean, step - 1, h)
-        return self._move(x, start + old + (first - rho_old) * change, step - 1, h)
+        return [0.0, *move, rho_old * self._slope(step - 1, h), first - rho_old]
 
     def _order(self, step: int) -> int:
         return 1 if step in (0, self.last) else 2
 
-    def _slope(self, clean: list[Tensor], step: int, h: float) -> Tensor:
-        """Change of the clean image over one step of size h, at the rate of the step before."""
-        return (clean[step] - clean[step - 1]) * (h / (self.lam[step] - self.lam[step - 1]))
+    def _slope(self, step: int, h: float) -> float:
+        """Of the last change of the clean image: its change over a step of size h, at the rate of the step before."""
+        return h / (self.lam[step] - self.lam[step - 1])
 
-    def _move(self, x: Tensor, target: Tensor, step: int, h: float) -> Tensor:
-        """The exact solution for a clean image that stays `target` (DPM-Solver++ equation 8)."""
-        following = step + 1
-        return self.sigma[following] / self.sigma[step] * x - self.alpha[following] * math.expm1(-h) * target
+    def _move(self, step: int, h: float) -> list[float]:
+        """The exact solution for a clean image that stays the target (DPM-Solver++ equation 8): of x, of the target."""
+        return [self.sigma[step + 1] / self.sigma[step], -self.alpha[step + 1] * math.expm1(-h)]
 
 
-SOLVE: Mapping[str, Callable[[Predict, Sequence[float], Tensor, Draw], Tensor]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "dpmpp_2m": dpmpp_2m,
-    "unipc": unipc,
+SOLVE: Mapping[str, Solver] = {
+    "ddpm": Solver(_ddpm_table, ddpm, draws=True),
+    "ddim": Solver(_ddim_table, ddim),
+    "dpmpp_2m": Solver(_dpmpp_2m_table, dpmpp_2m, kept=1),
+    "unipc": Solver(_unipc_table, unipc, kept=3),
 }
 """How the solvers of `settings.SOLVERS` solve."""
 
