@@ -29,7 +29,7 @@ export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench methods study steps benchmarks tables clean
+.PHONY: help install demo test lint bench engines methods study steps benchmarks tables clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## measure what results/demo lacks: the records that the README's table is rendered from
 	$(BIN)/slimdit bench --out results/demo --resume
+
+engines: $(INSTALLED) ## measure what results/engines lacks: OpenVINO, and the static ranges that it multiplies, five minutes
+	$(BIN)/slimdit bench slimdit/assets/recipes/engines/*.toml --out results/engines --resume
 
 methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
 	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
@@ -70,6 +73,7 @@ tables: $(INSTALLED) ## render the tables of README, docs/ and benchmarks/README
 	$(BIN)/slimdit report results/study --update docs/study.md --name study --figures docs/figures/study
 	$(BIN)/slimdit report results/study --update README.md --name study
 	$(BIN)/slimdit report results/study-xs4 --update docs/study.md --name study-xs4
+	$(BIN)/slimdit report results/engines --update docs/methods.md --name engines
 	$(BIN)/slimdit report results/steps --update docs/steps.md --name steps
 	$(BIN)/python -m benchmarks.record
 

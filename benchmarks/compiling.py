@@ -79,7 +79,8 @@ def timed(model: Path, images: int, options: argparse.Namespace) -> dict[str, An
     pipeline = load(model)
     plain = pipeline.replace(runtime=Runtime(pipeline.runtime.dtype))
     rows = shapes(pipeline, images)[0]
-    steady = compare(lambda: call(plain, "forward", rows), lambda: call(pipeline, "forward", rows), options.rounds)
+    steady = compare(lambda: call(plain, "forward", rows), lambda: call(pipeline, "forward", rows), options.rounds,
+                     settle=1)
     eager, compiled = steady.pop("a_seconds"), steady.pop("b_seconds")
     found = {"load": middle(cold, "load"), "cold": middle(cold, "compile"), "warm": middle(warm, "compile"),
              "eager": eager, "compiled": compiled, **steady}

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from .pipeline import Pipeline
+from .pipeline import Engine, Pipeline
 from .sampling.solvers import SOLVE, blank, full_steps, is_guided, timesteps
 
 # `benchmarks/compiling.py`, on two cores: seconds to compile, and what it then saves of an evaluation at the least.
 COLD = (10.0, 1.3)  # at all, and per block
 WARM = (2.2, 0.12)  # where PyTorch has compiled it before
-SAVED = 0.17
+OPENVINO = (0.1, 0.07)  # which keeps nothing between processes
+SAVED = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ def choose(pipeline: Pipeline, images: int, batch: int) -> Choice:
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])
     return decide(ceil(images / batch) * sum(full_steps(plain.process, plain.sampling)), seconds,
-                  len(plain.model.blocks), known=marker(pipeline, batch).exists())
+                  len(plain.model.blocks), known=marker(pipeline, batch).exists(), engine=pipeline.runtime.engine)
 
 
-def decide(evaluations: int, seconds: float, blocks: int, *, known: bool) -> Choice:
+def decide(evaluations: int, seconds: float, blocks: int, *, known: bool, engine: Engine = "torch") -> Choice:
     """Whether compiling saves more than it takes."""
-    once, each = WARM if known else COLD
+    once, each = OPENVINO if engine == "openvino" else WARM if known else COLD
     compiling = once + each * blocks
     return Choice(evaluations * seconds * SAVED > compiling, evaluations, seconds, compiling)
 

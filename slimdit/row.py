@@ -143,11 +143,10 @@ def measure(row: Row) -> Record:
     """Sample, judge and time the row's saved model, and write its record."""
     from .compiling import warm_up
     from .formats import load
-    from .metrics.speed import resident_bytes
 
     watch = Stopwatch()
     import_libraries(row)
-    started = resident_bytes()
+    started = held_already(row)
     with watch.stage("load"):
         pipeline = load(row.saved).to(row.device)
     metrics: dict[str, Value] = {}
@@ -203,6 +202,17 @@ def import_libraries(row: Row) -> None:
         torch.set_num_threads(row.protocol.threads)
     if row.protocol.runtime.compile:
         import torch._inductor.compile_fx
+    if json.loads((row.saved / "config.json").read_text())["runtime"].get("engine") == "openvino":
+        from .models.openvino import library
+
+        library()
+
+
+def held_already(row: Row) -> int:
+    """Bytes that are not the model's: the interpreter and its libraries, and on a GPU nothing."""
+    from .metrics.speed import resident_bytes
+
+    return resident_bytes() if row.device == "cpu" else 0
 
 
 def peak_memory(row: Row, pipeline: Pipeline, started: int) -> Value:
@@ -354,10 +364,9 @@ def retime(row: Row) -> None:
     """Put what the row's processes found in the place of the times in its record, and its peak memory anew."""
     from .compiling import warm_up
     from .formats import load
-    from .metrics.speed import resident_bytes
 
     import_libraries(row)
-    started = resident_bytes()
+    started = held_already(row)
     pipeline = load(row.saved).to(row.device)
     warm_up(pipeline, max(row.protocol.latency_batches))
     memory = peak_memory(row, pipeline, started)

@@ -525,3 +525,11 @@ def test_a_row_whose_time_is_the_baselines_says_no_speed_effect(tmp_path, low, h
     row = Row("row", str(tmp_path), "bundled", find_protocol("quick"))
     against = {"throughput_ratio": Value((low + high) / 2, low, high, 4, "x")}
     assert notes(row, "", against) == said
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("cuda", False)])
+def test_what_a_gpu_holds_is_all_the_models(device, expected, tmp_path):
+    from slimdit.row import held_already
+
+    before = held_already(Row("row", str(tmp_path), "bundled", find_protocol("quick"), device=device))
+    assert (before > 10 * 2**20) if expected else before == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slimdit import compiling, pipeline
-from slimdit.compiling import COLD, SAVED, WARM, as_asked, choose, decide, marker, shapes, warm_up
+from slimdit.compiling import COLD, OPENVINO, SAVED, WARM, as_asked, choose, decide, marker, shapes, warm_up
 from slimdit.pipeline import Pipeline, Runtime
 from slimdit.sampling.settings import Caching, Sampling
 
@@ -48,6 +48,8 @@ def test_it_pays_from_where_what_is_saved_is_more_than_compiling_takes(known: bo
     assert not decide(int(enough) - 1, 0.1, 12, known=known).pays
     assert decide(int(enough) + 2, 0.1, 12, known=known).pays
     assert decide(1000, 0.1, 12, known=True).compiling < decide(1000, 0.1, 12, known=False).compiling
+    in_openvino = decide(1000, 0.1, 12, known=known, engine="openvino")
+    assert in_openvino.compiling == OPENVINO[0] + 12 * OPENVINO[1] < decide(1000, 0.1, 12, known=True).compiling
 
 
 def test_a_short_run_is_left_as_it_is_and_a_long_one_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,7 @@ def test_the_readme_has_its_table_between_markers_below_the_command():
 
 
 @pytest.mark.parametrize(("page", "name"), [("README.md", "demo"), ("docs/methods.md", "methods"),
+                                            ("docs/methods.md", "engines"),
                                             ("docs/study.md", "study"), ("README.md", "study"),
                                             ("docs/study.md", "study-xs4"), ("docs/steps.md", "steps")])
 def test_tables_are_what_their_records_give(page, name, tmp_path):

@@ -216,7 +216,7 @@ def test_compiling_is_timed_apart_and_pays_from_where_it_saves_what_it_took(monk
     told = iter([{"load": 0.1, "compile": 9.0}, {"load": 0.1, "compile": 3.0}] * 6)
     monkeypatch.setattr(room, "in_fresh_process", lambda model, images, cache: next(told))
     monkeypatch.setattr(room, "call", lambda *_: None)
-    monkeypatch.setattr(room, "compare", lambda a, b, rounds: {
+    monkeypatch.setattr(room, "compare", lambda a, b, rounds, settle: {
         "ratio": 1.5, "low": 1.4, "high": 1.6, "a_seconds": 0.75, "b_seconds": 0.5, "rounds": rounds})
     monkeypatch.setattr(sys, "argv", shlex.split("compiling --models bundled --images 1 --repeats 2 --rounds 1"))
     room.main()
