@@ -131,7 +131,7 @@ def call(pipeline: Pipeline, function: str, rows: int, images: int = 1) -> None:
     x = torch.zeros(rows, config.channels, *config.input_size, device=device)
     t, y = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
     denoise = pipeline.denoise
-    ahead = Modulations(denoise.model, [0], y[:1])
+    ahead = Modulations(denoise.model, [0], y[:1], compute=denoise.modulations)
     ahead.seek(0)
     if function == "step":
         numbers = torch.tensor(SOLVE[pipeline.sampling.solver].coefficients([0.5, 1.0])[0], device=device)

@@ -160,9 +160,15 @@ class Pipeline:
 
         What adaLN says is computed ahead, for all steps at once.
         """
+        denoise = self.denoise  # made with all threads
+        with openvino.alone() if self.runtime.in_openvino else nullcontext():
+            return self._latents(denoise, noise, labels)
+
+    def _latents(self, denoise: Denoiser, noise: ImageNoise, labels: Tensor) -> Tensor:
         config, guided = self.model.config, self.sampling.guidance != 1
         occurring = torch.cat([labels, labels.new_tensor([config.classes])]) if guided else labels
-        ahead = Modulations(self.denoise.model, timesteps(self.process, self.sampling), occurring)
+        ahead = Modulations(denoise.model, timesteps(self.process, self.sampling), occurring,
+                            compute=denoise.modulations)
         evaluator = self.evaluator()
 
         def seek(step: int) -> None:
@@ -172,9 +178,8 @@ class Pipeline:
         if self.takes_whole_steps:
             return walk(lambda x, t, y, *others: self.step(x, t, y, ahead(y), *others), self.process, self.sampling,
                         noise, labels, null_class=config.classes, device=self.device, progress=seek)
-        with openvino.alone() if self.runtime.in_openvino else nullcontext():
-            return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
-                         null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
+        return solve(lambda x, t, y: evaluator(x, t, y, ahead(y)), self.process, self.sampling, noise, labels,
+                     null_class=config.classes, learn_sigma=config.learn_sigma, device=self.device, progress=seek)
 
     @property
     def takes_whole_steps(self) -> bool:
@@ -203,7 +208,7 @@ class Pipeline:
                 raise ValueError("runtime: OpenVINO runs on a CPU here, and the model is on a GPU: use engine torch")
             openvino.library()
             return Denoiser(openvino.prepared(self.model), torch.float32, form,
-                            partial(InOpenVino, dtype=self.runtime.dtype, threads=torch.get_num_threads()))
+                            partial(InOpenVino, dtype=self.runtime.dtype, threads=torch.get_num_threads()), True)
         changes = on_gpu or form == "native" or dtype != self._stored_dtype()
         # A cast leaves integers as they are: the copy shares them.
         shared = {id(buffer): buffer for buffer in self.model.buffers() if not buffer.is_floating_point()}
@@ -266,12 +271,14 @@ class Denoiser:
         model: in the type it computes in.
         form: of softmax attention.
         compiler: of its functions, for the batch that they are called with, or None to run them as they are.
+        compiles_adaln: whether also of what is computed once a run, which PyTorch runs as it is.
     """
 
     model: DiT
     dtype: torch.dtype
     form: AttentionForm
     compiler: Compiler | None = None
+    compiles_adaln: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None = None) -> Tensor:
         """As `DiT.forward`."""
@@ -285,6 +292,12 @@ class Denoiser:
     def without_blocks(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None, change: Tensor) -> Tensor:
         """As `DiT.without_blocks`."""
         return self._float(self._executed("without_blocks", x, t, y, modulations, change))
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """As `DiT.modulations`."""
+        if self.compiles_adaln and self.compiler:
+            return self._functions["modulations"](None, t, y).clone()
+        return self.model.modulations(t, y)
 
     def whole_step(self, sampling: Sampling) -> Callable[..., tuple[Tensor, Kept]]:
         """The model, guidance and the solver's arithmetic as one compiled function.
@@ -315,7 +328,7 @@ class Denoiser:
 
     @cached_property
     def _functions(self) -> Mapping[str, Callable[..., Any]]:
-        names = ("forward", "with_change", "without_blocks")
+        names = ("forward", "with_change", "without_blocks", "modulations")
         plain = {name: getattr(self.model, name) for name in names}
         return {name: self.compiler(self.model, run) for name, run in plain.items()} if self.compiler else plain
 

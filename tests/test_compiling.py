@@ -56,8 +56,8 @@ def test_a_short_run_is_left_as_it_is_and_a_long_one_is_compiled(monkeypatch: py
     model = compiled_pipeline(steps=10, guidance=1.5)
     ticks = iter(range(100))
     monkeypatch.setattr(compiling.time, "perf_counter", lambda: float(next(ticks)))  # every call takes a second
-    short, long = choose(model, 1, 1), choose(model, 100, 10)
-    assert (short.evaluations, long.evaluations, short.seconds) == (10, 100, 1.0)
+    short, long = choose(model, 1, 1), choose(model, 200, 10)
+    assert (short.evaluations, long.evaluations, short.seconds) == (10, 200, 1.0)
     assert long.pays and short.pays is (short.compiling < 10 * SAVED)
     assert "not compiled" in decide(1, 0.1, 2, known=False).sentence() and long.sentence().startswith("compiled")
 

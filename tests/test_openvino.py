@@ -119,6 +119,16 @@ def test_whole_runs_give_the_same_images(sampling):
     assert np.array_equal(images, ours.sample(range(3), batch=2))  # no answer is overwritten by the next
 
 
+def test_adaln_goes_through_it_too_for_any_number_of_rows():
+    model = random_model()
+    denoise = Pipeline(model, runtime=IN_OPENVINO).denoise
+    for rows in (3, 8):
+        _, t, y = inputs(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(denoise.modulations(t, y), model.modulations(t, y), rtol=1e-4, atol=1e-5)
+    assert list(denoise._functions["modulations"].requests) == [False]  # compiled once
+
+
 def test_a_converted_function_takes_any_number_of_images():
     x, t, y = inputs(2)
     made = converted(prepared(random_model()), "forward", dict(zip(INPUTS, (x, t, y))))

@@ -7,7 +7,7 @@ and a label that occurs. The null class of guidance is one such label, shared by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ class Modulations:
         labels: all that occur, of any shape, the null class among them where guidance asks for it; best on the CPU,
             where a look at them keeps no device waiting.
         limit: bytes of the rows held at a time; one step's are held whatever their size.
+        compute: what computes them, as `DiT.modulations`; None is that of the model.
     """
 
-    def __init__(self, model: DiT, timesteps: Sequence[int], labels: Tensor, limit: int = LIMIT) -> None:
-        self.model = model
+    def __init__(self, model: DiT, timesteps: Sequence[int], labels: Tensor, limit: int = LIMIT,
+                 compute: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.compute = compute or model.modulations
         self.timesteps = list(timesteps)
         self.labels = labels.cpu().unique()
         places = torch.zeros(int(self.labels.max()) + 1, dtype=torch.int64)
@@ -54,4 +56,4 @@ class Modulations:
 
     def _rows(self, timesteps: Sequence[int]) -> Tensor:
         t, y = torch.tensor(timesteps).repeat_interleave(len(self.labels)), self.labels.repeat(len(timesteps))
-        return self.model.modulations(t.to(self.places.device), y.to(self.places.device))
+        return self.compute(t.to(self.places.device), y.to(self.places.device))

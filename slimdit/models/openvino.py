@@ -56,7 +56,7 @@ def core() -> Any:
 
 
 class InOpenVino:
-    """A function of a model, compiled by OpenVINO for every set of shapes that it is called with.
+    """A function of a model, compiled by OpenVINO for every set of shapes that it is called with; adaLN's once for all.
 
     Args:
         model: as `prepared` makes it.
@@ -72,7 +72,8 @@ class InOpenVino:
     def __call__(self, *given: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """As the model's function, in float32; the answer is overwritten by the next one."""
         named = {name: tensor for name, tensor in zip(INPUTS, given) if tensor is not None}
-        shapes = tuple((name, tensor.shape) for name, tensor in named.items())
+        # adaLN's rows are as many as a batch has labels: compiled for every number they would cost a second each.
+        shapes = self.sees_images and tuple((name, tensor.shape) for name, tensor in named.items())
         if shapes not in self.requests:
             self.requests[shapes] = self._request(named)
         request, taken = self.requests[shapes]
@@ -80,9 +81,15 @@ class InOpenVino:
         tensors = tuple(torch.from_numpy(answer) for answer in answers.to_tuple())
         return tensors if len(tensors) > 1 else tensors[0]
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether it is a function of x."""
+        return self.function != "modulations"
+
     def _request(self, named: dict[str, Tensor]) -> tuple[Any, list[str]]:
         model = converted(self.model, self.function, named)
-        model.reshape({name: list(tensor.shape) for name, tensor in named.items()})
+        if self.sees_images:
+            model.reshape({name: list(tensor.shape) for name, tensor in named.items()})
         settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[self.dtype], "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_NUM_THREADS": self.threads}
         request = core().compile_model(model, "CPU", settings).create_infer_request()
@@ -91,7 +98,7 @@ class InOpenVino:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While inside, PyTorch uses one thread: its idle ones stay awake for a millisecond, and slow OpenVINO's."""
+    """While inside, PyTorch uses one thread: its idle ones stay awake for milliseconds, and slow OpenVINO's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -140,7 +147,8 @@ class Function(nn.Module):
     def forward(self, *given: Tensor) -> Any:
         """What the model's function answers."""
         named = dict(zip(self.names, given, strict=True))
-        named.setdefault("modulations", None)  # type: ignore[arg-type]
+        if "x" in named:
+            named.setdefault("modulations", None)  # type: ignore[arg-type]
         return getattr(self.model, self.function)(**named)
 
 
@@ -162,5 +170,5 @@ def converted(model: DiT, function: str, named: dict[str, Tensor]) -> Any:
     for given, name in zip(made.inputs, named, strict=True):
         given.get_tensor().set_names({name})
     for number, answer in enumerate(made.outputs):
-        answer.get_tensor().set_names({("noise", "change")[number]})
+        answer.get_tensor().set_names({("noise" if "x" in named else "modulations", "change")[number]})
     return made
