@@ -324,6 +324,7 @@ def clock(row: Row) -> None:
     pipeline = load(row.saved).to(row.device)
     base = None if row.name == BASELINE else load(row.baseline().saved).to(row.device)
     found = {}
+    settle = int(pipeline.runtime.in_openvino)  # whose threads and PyTorch's stay awake for a while, and slow each other
     for batch in sorted(row.protocol.latency_batches):
         tell(row, f"time batch {batch}", 0, 1)
 
@@ -332,7 +333,7 @@ def clock(row: Row) -> None:
 
         rounds = row.protocol.rounds
         timed = (alone(lambda: run(pipeline), rounds, warmup=1) if base is None
-                 else interleaved(lambda: run(base), lambda: run(pipeline), rounds, warmup=1))
+                 else interleaved(lambda: run(base), lambda: run(pipeline), rounds, warmup=1, settle=settle))
         found[str(batch)] = asdict(timed)
     number = len(list(row.timings.glob("*.json")))
     write_json(row.timings / f"{number}.json", {"batches": found, "seconds": time.perf_counter() - began})
