@@ -324,7 +324,7 @@ def clock(row: Row) -> None:
     pipeline = load(row.saved).to(row.device)
     base = None if row.name == BASELINE else load(row.baseline().saved).to(row.device)
     found = {}
-    settle = int(pipeline.runtime.in_openvino)  # whose threads and PyTorch's stay awake for a while, and slow each other
+    settle = int(pipeline.runtime.in_openvino)  # its threads and PyTorch's stay awake a while, and slow each other
     for batch in sorted(row.protocol.latency_batches):
         tell(row, f"time batch {batch}", 0, 1)
 
