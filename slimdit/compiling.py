@@ -20,9 +20,9 @@ from .sampling.solvers import SOLVE, blank, full_steps, is_guided, timesteps
 
 # `benchmarks/compiling.py`, on two cores: seconds to compile, and what it then saves of an evaluation at the least.
 COLD = (10.0, 1.3)  # at all, and per block
-WARM = (2.2, 0.12)  # where PyTorch has compiled it before
-OPENVINO = (0.1, 0.07)  # which keeps nothing between processes
-SAVED = 0.1
+WARM = (2.0, 0.09)  # where PyTorch has compiled it before
+OPENVINO = (0.0, 0.17)  # which keeps nothing between processes
+SAVED = 0.07
 
 
 @dataclass(frozen=True)
