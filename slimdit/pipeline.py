@@ -248,7 +248,8 @@ class Pipeline:
         """A hash of everything that decides the images but the autoencoder: weights, structure, settings."""
         config = self.model.config.to_dict()
         digest = sha256(repr((config, self.sampling, self.process, self.runtime)).encode())
-        digest.update(repr(self.sampling.cache).encode() if self.sampling.cache else b"")
+        for beside in (self.sampling.coefficients, self.sampling.cache):  # what its text leaves out
+            digest.update(repr(beside).encode() if beside else b"")
         digest.update(self.runtime.engine.encode() if self.runtime.in_openvino else b"")
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

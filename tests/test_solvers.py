@@ -68,6 +68,11 @@ def run(denoise, sampling, labels=(0, 1), shape=(4, 2, 3), learn_sigma=False, nu
     ({"steps": 2, "timesteps": (10, -1)}, "whole numbers"),
     ({"steps": 50, "timesteps": (10, 1)}, "set steps to their number"),
     ({"steps": 50, "timesteps": ()}, "set steps to their number"),
+    ({"steps": 1, "coefficients": ((1, 2, 3, 4),)}, "for the solver 'multistep', not for 'ddim'"),
+    ({"steps": 2, "solver": "multistep", "coefficients": ((1, 2, 3, 4),)}, "4 finite numbers for each of the 2 steps"),
+    ({"steps": 1, "solver": "multistep", "coefficients": ((1, 2, 3),)}, "4 finite numbers"),
+    ({"steps": 1, "solver": "multistep", "coefficients": ((1, 2, 3, float("inf")),)}, "4 finite numbers"),
+    ({"steps": 1, "solver": "multistep", "coefficients": "1234"}, "4 finite numbers"),
 ])
 def test_bad_settings_are_refused_with_a_sentence(values, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -91,6 +96,14 @@ def test_more_steps_than_the_process_has():
                  guidance_interval=st.tuples(st.integers(0, 500), st.integers(500, 1000))))
 def test_settings_survive_json(sampling):
     assert Sampling.from_dict(json.loads(json.dumps(sampling.to_dict()))) == sampling
+
+
+def test_coefficients_survive_json_and_other_steps_set_them_aside():
+    sampling = Sampling("multistep", 2, coefficients=((1, 0.5, 0, 0), (0.25, 2, -1, 0)))
+    assert Sampling.from_dict(json.loads(json.dumps(sampling.to_dict()))) == sampling
+    assert sampling.revised(guidance=2.0).coefficients == ((1.0, 0.5, 0.0, 0.0), (0.25, 2.0, -1.0, 0.0))
+    for changes in ({"solver": "ddim"}, {"steps": 3}, {"timesteps": (900, 10)}, {"spacing": "linspace"}):
+        assert sampling.revised(**changes).coefficients is None
 
 
 def test_explicit_timesteps_survive_json():
@@ -228,6 +241,27 @@ def test_learned_variance_spans_posterior_to_beta():
     fixed = run(gaussian_denoiser, Sampling("ddpm", 10))
     torch.testing.assert_close(with_variance(-1.0), fixed)
     assert (with_variance(1.0) - fixed).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_multistep_is_dpmpp_2m_until_it_is_fitted(steps):
+    plain, unfitted = (run(gaussian_denoiser, Sampling(solver, steps)) for solver in ("dpmpp_2m", "multistep"))
+    torch.testing.assert_close(unfitted, plain, atol=2e-5, rtol=1e-5)
+
+
+def test_multistep_weighs_x_and_three_clean_images():
+    rows = ((1.0, 2.0, 100.0, 100.0), (0.5, 0.0, 3.0, 100.0), (0.0, 0.0, 0.0, 4.0))
+    steps, calls = Sampling("multistep", 3, timesteps=(900, 500, 100), coefficients=rows), []
+
+    def denoise(x, t, y):  # for which the clean image is the number of the call
+        calls.append(x)
+        share = PROCESS.alphas_cumprod[t[0]].float()
+        return (x - share.sqrt() * len(calls)) / (1 - share).sqrt()
+
+    noise, end = ImageNoise(0, range(2), (4, 2, 3)).draw(), run(denoise, steps)
+    torch.testing.assert_close(calls[1], noise + 2 * 1)  # nothing was before
+    torch.testing.assert_close(calls[2], 0.5 * calls[1] + 3 * 1)
+    torch.testing.assert_close(end, torch.full_like(end, 4.0 * 1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -7,7 +7,7 @@ A second-order solver at 10 to 20 timesteps does what the original sampler does 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..context import Context, require
@@ -28,7 +28,8 @@ class ReduceSteps:
         guidance_interval: first and last timestep at which guidance acts; outside it one pass is saved.
         timesteps: the timesteps themselves, descending, instead of a spacing.
         search: images with which better timesteps than the spacing's are searched, without data: those from which as
-            many steps end nearest to where `long` steps do (`training/placement.py`). 0 searches none. Takes minutes.
+            many steps end nearest to where `long` steps do (`training/placement.py`). For the solver `multistep` its
+            numbers are then fitted to the same end (`training/fitting.py`). 0 searches none. Takes minutes.
         long: steps of the run that the search imitates.
 
     Raises:
@@ -73,16 +74,20 @@ class ReduceSteps:
         return pipeline.replace(sampling=sampling)
 
     def placed(self, pipeline: Pipeline, sampling: Sampling, context: Context) -> tuple[Sampling, dict[str, Any]]:
-        """The settings with their timesteps moved to where the model is best served, and what was gained."""
+        """The settings with their timesteps, and a fitted solver's numbers, as serves the model; what was gained."""
+        from ..training.fitting import ROUNDS, fit_coefficients
         from ..training.placement import STRIDES, place_steps
 
         require(sampling.solver != "ddpm", "reduce_steps: a search needs runs that end alike from the same noise, and "
                                            "ddpm draws more of it on the way: use another solver, or no search")
-        if context.rehearsal:
-            return place_steps(pipeline, sampling, images=1, long=self.steps + 1, seed=context.seed,
-                               strides=STRIDES[:1])
-        return place_steps(pipeline, sampling, images=self.search, long=self.long, seed=context.seed,
-                           report=context.report)
+        images, long, strides, rounds = ((1, self.steps + 1, STRIDES[:1], 1) if context.rehearsal else
+                                         (self.search, self.long, STRIDES, ROUNDS))
+        sampling, found = place_steps(pipeline, replace(sampling, coefficients=None), images=images, long=long,
+                                      seed=context.seed, strides=strides, report=context.report)
+        if sampling.solver == "multistep":
+            sampling, found["fit"] = fit_coefficients(pipeline, sampling, images=images, long=long, seed=context.seed,
+                                                      rounds=rounds, report=context.report)
+        return sampling, found
 
     def sampling(self, before: Sampling) -> Sampling:
         """The settings with this method's changes."""

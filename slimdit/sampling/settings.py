@@ -15,6 +15,7 @@ SOLVERS: Mapping[str, str] = {
     "ddim": "deterministic, first order (50 steps)",
     "dpmpp_2m": "DPM-Solver++ 2M: deterministic, second order, multistep (15 to 25 steps)",
     "unipc": "UniPC: DPM-Solver++ 2M with a corrector that costs nothing (8 to 20 steps)",
+    "multistep": "linear, third order, its numbers fitted by a search; until then DPM-Solver++ 2M (5 to 10 steps)",
 }
 """What there is in `solvers.SOLVE`, and what it is for."""
 
@@ -31,6 +32,7 @@ STARTS_CLEAN = ("leading", "linspace", "respaced")  # their only timestep, when 
 
 
 LARGEST_ORDER = 2  # of a forecast; higher ones follow noise
+FITTED = 4  # numbers a step that `multistep` has: of x, of the clean image as predicted now, before, and before that
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Sampling:
             None guides all; DiT's published samples use 3 (of 4).
         guidance_interval: first and last timestep, both included, at which guidance acts.
         timesteps: the timesteps themselves, descending, instead of a spacing.
+        coefficients: `FITTED` numbers for every step, by which `multistep` solves, instead of DPM-Solver++ 2M's.
         cache: at which steps the whole model is evaluated; None is all.
 
     Raises:
@@ -100,7 +103,9 @@ class Sampling:
     guidance_channels: int | None = None
     guidance_interval: tuple[int, int] = (0, 1000)
     timesteps: tuple[int, ...] | None = None
-    cache: Caching | None = field(default=None, repr=False)  # so that what is known by its text stays known
+    # Not in the text, so that what is known by its text stays known.
+    coefficients: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False)
+    cache: Caching | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _require_known("solver", self.solver, SOLVERS)
@@ -118,6 +123,8 @@ class Sampling:
         elif self.steps == 1 and self.spacing in STARTS_CLEAN:
             raise ValueError(f"sampling: spacing {self.spacing!r} with 1 step would visit timestep 0 only, where there "
                              f"is no noise left to remove; use spacing 'trailing'")
+        if self.coefficients is not None:
+            self._check_coefficients(self.coefficients)
         if self.cache is not None and self.cache.full[-1] >= self.steps:
             raise ValueError(f"sampling: the cache has a full evaluation at step {self.cache.full[-1]}, and the last "
                              f"of {self.steps} is {self.steps - 1}")
@@ -139,11 +146,21 @@ class Sampling:
                              f"set steps to their number")
         object.__setattr__(self, "timesteps", tuple(visited))
 
+    def _check_coefficients(self, rows: Any) -> None:
+        if self.solver != "multistep":
+            raise ValueError(f"sampling: coefficients are for the solver 'multistep', not for {self.solver!r}")
+        if not (_is_list(rows) and all(_is_list(row) and len(row) == FITTED and all(map(_is_finite, row))
+                                       for row in rows) and len(rows) == self.steps):
+            raise ValueError(f"sampling: coefficients must be {FITTED} finite numbers for each of the {self.steps} "
+                             f"steps, not {rows!r}")
+        object.__setattr__(self, "coefficients", tuple(tuple(map(float, row)) for row in rows))
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description from which `from_dict` builds the same settings."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cache"}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.repr}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {**plain, "cache": self.cache.to_dict()} if self.cache else plain
+        fitted = {"coefficients": [list(row) for row in self.coefficients]} if self.coefficients else {}
+        return {**plain, **fitted, **({"cache": self.cache.to_dict()} if self.cache else {})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sampling:
@@ -168,7 +185,7 @@ class Sampling:
         return replace(self, cache=Caching(tuple(full), order))
 
     def revised(self, **changes: Any) -> Sampling:
-        """The settings with changes; what was chosen for other steps, timesteps and a cache, is set aside.
+        """The settings with changes; what was chosen for other steps (timesteps, coefficients, a cache) is set aside.
 
         Raises:
             ValueError: a value is refused.
@@ -178,7 +195,7 @@ class Sampling:
             aside["timesteps"] = None
         if any(changes.get(name, getattr(self, name)) != getattr(self, name)
                for name in ("solver", "steps", "spacing", "timesteps")):
-            aside["cache"] = None
+            aside |= {"cache": None, "coefficients": None}
         return replace(self, **{**aside, **changes})
 
 
@@ -189,6 +206,14 @@ def _require_known(what: str, name: Any, table: Mapping[str, Any]) -> None:
 
 def _is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -99,21 +99,29 @@ def walk(step: Step, process: NoiseProcess, sampling: Sampling, noise: ImageNois
 
     At a guided timestep it is given labels twice, the second time as the null class.
     """
-    visited, solver = timesteps(process, sampling), SOLVE[sampling.solver]
+    visited, draws = timesteps(process, sampling), SOLVE[sampling.solver].draws
     x = noise.draw().to(device)
     labels = labels.to(device)
     both = torch.cat([labels, torch.full_like(labels, null_class)])
-    coefficients = torch.tensor(solver.coefficients([*process.alphas_cumprod[visited].tolist(), 1.0])).to(device)
+    numbers = torch.tensor(coefficients(process, sampling)).to(device)
     kept, drawn = blank(sampling, x)
     for number, timestep in enumerate(visited):
         y = both if is_guided(sampling, timestep) else labels
         t = torch.full((len(y),), timestep, dtype=torch.int64, device=device)
-        if solver.draws and number < len(visited) - 1:
+        if draws and number < len(visited) - 1:
             drawn = noise.draw().to(device)
-        x, kept = step(x, t, y, coefficients[number], kept, drawn)
+        x, kept = step(x, t, y, numbers[number], kept, drawn)
         if progress:
             progress(number + 1)
     return x
+
+
+def coefficients(process: NoiseProcess, sampling: Sampling) -> list[list[float]]:
+    """The solver's numbers for every step of a run, those that were fitted where there are any."""
+    shares = process.alphas_cumprod[timesteps(process, sampling)].tolist()
+    if sampling.coefficients is not None:
+        return [[*_to_clean(share), *row] for share, row in zip(shares, sampling.coefficients, strict=True)]
+    return SOLVE[sampling.solver].coefficients([*shares, 1.0])
 
 
 def blank(sampling: Sampling, x: Tensor) -> tuple[Kept, Tensor | None]:
@@ -247,6 +255,26 @@ def unipc(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kep
     return of_x * x + of_target * (clean + slope * (clean - before)), (x, clean, before)
 
 
+def _multistep_table(shares: Sequence[float]) -> list[list[float]]:
+    path, rows = _Path(shares), []
+    for step, share in enumerate(shares[:-1]):
+        slope, of_x, of_target = path.advance(step)
+        rows.append([*_to_clean(share), of_x, of_target * (1 + slope), -of_target * slope, 0.0])
+    return rows
+
+
+def multistep(x: Tensor, eps: Tensor, variance: Tensor | None, numbers: Numbers, kept: Kept,
+              drawn: Tensor | None) -> tuple[Tensor, Kept]:
+    """A linear multistep solver of three clean images, by any numbers: DPM-Solver++ 2M (its algorithm 2) is one.
+
+    Numbers fitted to a model ("S4S", arXiv 2502.17423; `training/fitting.py`) take it where the long run goes.
+    """
+    of_noise, of_signal, of_x, of_clean, of_before, of_earlier = numbers
+    before, earlier = kept
+    clean = _clean(x, eps, of_noise, of_signal)
+    return of_x * x + of_clean * clean + of_before * before + of_earlier * earlier, (clean, before)
+
+
 class _Path:
     """A chain in the terms of exponential integrators: alpha, sigma and lambda = log(alpha / sigma) at each point."""
 
@@ -300,6 +328,7 @@ SOLVE: Mapping[str, Solver] = {
     "ddim": Solver(_ddim_table, ddim),
     "dpmpp_2m": Solver(_dpmpp_2m_table, dpmpp_2m, kept=1),
     "unipc": Solver(_unipc_table, unipc, kept=3),
+    "multistep": Solver(_multistep_table, multistep, kept=2),
 }
 """How the solvers of `settings.SOLVERS` solve."""
 

@@ -46,9 +46,23 @@ class Goal:
         plain = pipeline.replace(runtime=Runtime())
         return cls(plain, seed, ids, ends(plain, long, ids, seed))
 
+    def missed(self, sampling: Sampling) -> Tensor:
+        """By how much these settings end elsewhere than the long run: as `ends`."""
+        return ends(self.pipeline, sampling, self.ids, self.seed) - self.ends
+
     def error(self, sampling: Sampling) -> float:
         """Mean squared distance between where these settings end and where the long run does."""
-        return float((ends(self.pipeline, sampling, self.ids, self.seed) - self.ends).square().mean())
+        return float(self.missed(sampling).square().mean())
+
+
+def goals(pipeline: Pipeline, sampling: Sampling, images: int, long: int, seed: int) -> tuple[Goal, Goal]:
+    """Where a run of `long` steps ends: for the images that a search is made with, and for as many others.
+
+    Whatever the spacing was, it begins at the last timestep, where there is nothing but noise.
+    """
+    far = replace(sampling, steps=long, spacing="trailing", timesteps=None, coefficients=None)
+    searched, others = (range(FIRST_ID + start, FIRST_ID + start + images) for start in (0, images))
+    return Goal.of(pipeline, far, searched, seed), Goal.of(pipeline, far, others, seed)
 
 
 def ends(pipeline: Pipeline, sampling: Sampling, ids: range, seed: int) -> Tensor:
@@ -72,9 +86,7 @@ def place_steps(pipeline: Pipeline, sampling: Sampling, *, images: int, long: in
         long: steps of the long run.
         report: told how far the search is.
     """
-    # Whatever the spacing was: a long run that begins at the last timestep, where there is nothing but noise.
-    far = replace(sampling, steps=long, spacing="trailing", timesteps=None)
-    goal = Goal.of(pipeline, far, range(FIRST_ID, FIRST_ID + images), seed)
+    goal, others = goals(pipeline, sampling, images, long, seed)
     known: dict[tuple[int, ...], float] = {}
 
     def error(visited: tuple[int, ...]) -> float:
@@ -91,7 +103,6 @@ def place_steps(pipeline: Pipeline, sampling: Sampling, *, images: int, long: in
             pipeline.process, replace(sampling, timesteps=places)) <= allowed)
         report(f"steps moved by {stride}: error {error(best):.3g}, {len(known)} places tried")
     found = replace(sampling, timesteps=best)
-    others = Goal.of(pipeline, far, range(FIRST_ID + images, FIRST_ID + 2 * images), seed)
     return found, {"timesteps": list(best), "places_tried": len(known), "error_before": others.error(sampling),
                    "error_found": others.error(found), "error_before_searched": error(begun),
                    "error_found_searched": error(best)}
