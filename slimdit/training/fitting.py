@@ -53,7 +53,7 @@ def fit_coefficients(pipeline: Pipeline, sampling: Sampling, *, images: int, lon
     def residual(numbers: np.ndarray) -> np.ndarray:
         nonlocal runs
         runs += 1
-        return goal.missed(with_numbers(numbers)).flatten().double().numpy()
+        return goal.missed(with_numbers(numbers)).flatten().cpu().double().numpy()
 
     def derivative(numbers: np.ndarray) -> np.ndarray:
         here = residual(numbers)
