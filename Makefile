@@ -53,7 +53,7 @@ engines: $(INSTALLED) ## measure what results/engines lacks: OpenVINO, and the s
 	$(BIN)/slimdit bench slimdit/assets/recipes/engines/*.toml --out results/engines --resume
 
 methods: $(INSTALLED) ## measure what results/methods lacks: every other shipped recipe, an hour; some train on Fashion-MNIST
-	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --out results/methods --resume
+	$(BIN)/slimdit bench slimdit/assets/recipes/compression/*.toml --images 192 --out results/methods --resume
 
 study: $(INSTALLED) ## measure what results/study and results/study-xs4 lack: all five families, five hours
 	$(BIN)/slimdit bench $(STUDY) --protocol study --out results/study --resume
