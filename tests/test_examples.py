@@ -116,6 +116,18 @@ def test_whole_sampling_runs_are_timed_ahead_and_step_by_step(monkeypatch, capsy
     assert all(row["ratio"] > 0 and row["b"] == "slimdit int8, ahead" for row in rows)
 
 
+def test_launches_are_timed_from_python_and_from_c(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.launches")
+    monkeypatch.setattr(room, "random_model", lambda name: DiT(uniform(
+        depth=1, width=32, heads=2, patch=2, input_size=(4, 4), channels=1, classes=3)).eval())
+    asked = "--models tiny --images 1 --weights bfloat16 --steps 2 --rounds 1"
+    monkeypatch.setattr(sys, "argv", ["launches", *shlex.split(asked)])
+    room.main()
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (row["a"], row["b"], row["weights"]) == ("Python", "C++", "bfloat16")
+    assert min(row["ratio"], row["a_compiling"], row["b_compiling"]) > 0
+
+
 def test_steps_that_were_not_timed_are_reckoned_and_only_on_the_published_side():
     reckoned = importlib.import_module("benchmarks.historical").reckoned
     times = {"ratio": 2.0, "low": 1.5, "high": 2.5, "a_seconds": 4.0, "b_seconds": 2.0, "rounds": 3}

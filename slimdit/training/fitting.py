@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from ..pipeline import Pipeline
-from ..sampling.settings import Sampling
+from ..sampling.settings import FITTED, Sampling
 from ..sampling.solvers import coefficients
 from .placement import goals
 
@@ -41,8 +41,8 @@ def fit_coefficients(pipeline: Pipeline, sampling: Sampling, *, images: int, lon
         report: told how far the fit is.
     """
     goal, others = goals(pipeline, sampling, images, long, seed)
-    begun = np.array([row[-4:] for row in coefficients(pipeline.process, sampling)])
-    free = np.array([[place < 2 + step for place in range(4)] for step in range(sampling.steps)])
+    begun = np.array([row[-FITTED:] for row in coefficients(pipeline.process, sampling)])
+    free = np.array([[place < 2 + step for place in range(FITTED)] for step in range(sampling.steps)])
     runs = 0
 
     def with_numbers(numbers: np.ndarray) -> Sampling:
