@@ -64,7 +64,7 @@ steps: $(INSTALLED) ## measure what results/steps lacks: ten steps beside the pu
 	$(BIN)/slimdit bench slimdit/assets/recipes/steps/*.toml --protocol published --out results/steps --resume
 
 benchmarks: $(INSTALLED) ## time slimdit's own hot paths into results/benchmarks, an hour on an idle machine
-	$(BIN)/python -m benchmarks.record int8 sampling_run prepacked historical "peers --presets XS/4 S/2 --images 1 4 --rounds 3" step launches compiling growth \
+	$(BIN)/python -m benchmarks.record int8 sampling_run prepacked historical "peers --presets XS/4 S/2 --images 1 4 --rounds 3" step launches surroundings compiling growth \
 	  attention attention_kinds few_rows load_memory startup measuring bootstrap
 
 tables: $(INSTALLED) ## render the tables of README, docs/ and benchmarks/README.md from their records

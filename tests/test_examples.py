@@ -116,6 +116,21 @@ def test_whole_sampling_runs_are_timed_ahead_and_step_by_step(monkeypatch, capsy
     assert all(row["ratio"] > 0 and row["b"] == "slimdit int8, ahead" for row in rows)
 
 
+def test_surroundings_are_those_of_two_processes(monkeypatch, capsys):
+    room = importlib.import_module("benchmarks.surroundings")
+    monkeypatch.setattr(sys, "argv", ["surroundings", "--models", "bundled", "--images", "1", "--steps", "1",
+                                      "--rounds", "1", "--others", "one thread"])
+    room.main()
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["a"] == "one thread" and row["ratio"] > 0
+
+
+def test_surroundings_that_end_are_told_of():
+    room = importlib.import_module("benchmarks.surroundings")
+    with room.process("no such preset", 1, 1, {}) as run, pytest.raises(RuntimeError, match="no such preset ended"):
+        run()
+
+
 def test_launches_are_timed_from_python_and_from_c(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.launches")
     monkeypatch.setattr(room, "random_model", lambda name: DiT(uniform(
