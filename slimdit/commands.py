@@ -19,6 +19,7 @@ from .files import write_json, write_text, writing
 from .formats import describe, load, save, size_on_disk
 from .metrics import METRICS
 from .metrics.cost import macs, parameters, run_macs
+from .metrics.speed import keep_freed_memory
 from .models.autoencoder import autoencoder_from_dict
 from .models.dit import DiT, DiTConfig
 from .pipeline import Pipeline
@@ -91,6 +92,7 @@ def sample_together(sampled: SampleSet, pipeline: Pipeline, together: Workers,
     Raises:
         ValueError: the folder holds images of something else.
     """
+    keep_freed_memory()
     with bar(sampled.count) as progress:
         sampled.make(pipeline, progress, worker=together.index, workers=together.count, before=before)
     together.wait()

@@ -1,5 +1,9 @@
 """What timing promises, tested with a clock of our own: pairs, ratios, intervals, percentiles; never real speed."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +180,25 @@ def test_peak_memory_of_a_gpu():
         torch.ones(2**20, device="cuda")
     assert peak.source == "cuda allocator"
     assert peak.bytes >= 2 * held.numel() * 4
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another malloc than glibc's")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_freed_memory_is_kept_where_that_is_asked(keeps):
+    program = """if 1:
+        import sys
+        from slimdit.metrics.speed import keep_freed_memory, resident_bytes
+        if sys.argv[1] == "True":
+            keep_freed_memory()
+        before = resident_bytes()
+        block = bytearray(2**27)
+        del block
+        print(resident_bytes() - before)
+    """
+    plain = {name: value for name, value in os.environ.items() if name not in WORKER_ENVIRONMENT}
+    told = subprocess.run([sys.executable, "-c", program, str(keeps)], env=plain, capture_output=True, text=True,
+                          check=True)
+    assert (int(told.stdout) > 2**26) == keeps
 
 
 def test_workers_tune_malloc():

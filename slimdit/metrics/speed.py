@@ -8,6 +8,7 @@ Rigorous Benchmarking in Reasonable Time, 2013).
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 import sys
@@ -24,15 +25,20 @@ import torch
 Clock = Callable[[], float]
 """Seconds since some moment, as time.perf_counter."""
 
-WORKER_ENVIRONMENT = {
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_MMAP_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""Environment of a process that is timed: glibc keeps freed memory instead of faulting it in anew at every step, which
-costs up to a tenth of the time and differs from run to run."""
+KEPT = {"TRIM_THRESHOLD": (-1, 2_000_000_000), "MMAP_THRESHOLD": (-3, 2_000_000_000), "TOP_PAD": (-2, 2**28)}
+"""Of glibc's malloc, so that it keeps freed memory instead of faulting it in anew at every step: what `mallopt` calls a
+setting, and its value. `benchmarks/surroundings.py` says what that is worth."""
+WORKER_ENVIRONMENT = {f"MALLOC_{name}_": str(value) for name, (_, value) in KEPT.items()}
+"""Environment of a process that is timed."""
 
 RESAMPLES = 2000  # of the bootstrap
+
+
+def keep_freed_memory() -> None:
+    """Set this process's malloc as `WORKER_ENVIRONMENT` does from the start; without glibc, nothing."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in KEPT.values():
+            mallopt(option, value)
 
 
 @dataclass(frozen=True)
