@@ -18,6 +18,7 @@ from slimdit.pipeline import Pipeline
 from slimdit.recipe import apply
 from slimdit.sampling.settings import SPACINGS, Sampling
 from slimdit.sampling.solvers import evaluations, timesteps
+from slimdit.training import placement
 from slimdit.training.placement import Goal, moved, place_steps
 
 
@@ -60,6 +61,16 @@ def test_what_is_moved_still_descends_and_is_no_worse(visited, stride, seed):
     places = moved(begun, stride, error, lambda places: places[0] < 1000)
     assert len(places) == len(begun) and places[-1] >= 0 and places[0] < 1000
     assert all(a > b for a, b in pairwise(places)) and error(places) <= error(begun)
+
+
+def test_what_is_no_better_on_other_images_is_not_taken(monkeypatch):
+    """A search by one image finds what serves that image."""
+    teacher, served = pipeline(), (990, 985, 980, 975)
+    sampling = replace(teacher.sampling, solver="dpmpp_2m", steps=4)
+    monkeypatch.setattr(placement, "moved", lambda *_: served)
+    found, facts = place_steps(teacher, sampling, images=1, long=40, seed=0, strides=(64,))
+    assert facts["error_found"] > facts["error_before"]
+    assert facts["timesteps"] == list(found.timesteps or ()) == timesteps(teacher.process, sampling)
 
 
 def test_no_evaluation_is_added_by_moving_into_the_guided_interval(tmp_path):

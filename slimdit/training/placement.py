@@ -79,6 +79,9 @@ def place_steps(pipeline: Pipeline, sampling: Sampling, *, images: int, long: in
                 report: Callable[[str], None] = lambda line: None) -> tuple[Sampling, dict[str, Any]]:
     """The settings with better places for their steps, as many, and what is to be told of them.
 
+    They stay where they were if what was found is no better for images that the search did not see: few images are
+    easily served.
+
     Args:
         sampling: the settings to improve: their solver must be deterministic. The search begins at the best of all
             named spacings.
@@ -103,9 +106,11 @@ def place_steps(pipeline: Pipeline, sampling: Sampling, *, images: int, long: in
             pipeline.process, replace(sampling, timesteps=places)) <= allowed)
         report(f"steps moved by {stride}: error {error(best):.3g}, {len(known)} places tried")
     found = replace(sampling, timesteps=best)
-    return found, {"timesteps": list(best), "places_tried": len(known), "error_before": others.error(sampling),
-                   "error_found": others.error(found), "error_before_searched": error(begun),
-                   "error_found_searched": error(best)}
+    before, after = others.error(sampling), others.error(found)
+    kept = best if after < before else begun
+    return replace(sampling, timesteps=kept), {
+        "timesteps": list(kept), "places_tried": len(known), "error_before": before, "error_found": after,
+        "error_before_searched": error(begun), "error_found_searched": error(best)}
 
 
 def named_places(pipeline: Pipeline, sampling: Sampling) -> list[tuple[int, ...]]:
