@@ -30,10 +30,10 @@ from slimdit.context import Context
 from slimdit.formats import load, save
 from slimdit.methods.compile import Compile
 from slimdit.methods.quantize import Quantize
-from slimdit.pipeline import Pipeline, Runtime
+from slimdit.pipeline import Runtime
 from slimdit.sampling.settings import Sampling
 
-from .int8 import random_model
+from .int8 import opened
 from .result import compare, settle, show
 
 
@@ -54,7 +54,7 @@ def main() -> None:
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model: in its best float type, in int8, and compiled by OpenVINO, for every number of images."""
     rows = []
-    plain = load("bundled") if name == "bundled" else Pipeline(random_model(name))
+    plain = opened(name)
     with tempfile.TemporaryDirectory() as folder:
         context = Context(plain, Path(folder))
         floats = Compile().apply(plain.replace(sampling=Sampling("ddim", 10, guidance=1.5)), context)

@@ -36,7 +36,7 @@ from slimdit.pipeline import Pipeline, Runtime
 from slimdit.recipe import Recipe, find, run
 from slimdit.sampling.settings import Sampling
 
-from .int8 import random_model
+from .int8 import opened
 from .result import compare, settle, show
 from .sampling_run import whole
 
@@ -60,7 +60,7 @@ def main() -> None:
 def measure(model: str, recipe: str, images: int, timed: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model and recipe."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain = load("bundled").to(device) if model == "bundled" else Pipeline(random_model(model, device))
+    plain = opened(model, device)
     guidance = 1.5 if model == "bundled" else 4.0
     published = plain.replace(sampling=Sampling("ddpm", timed, "respaced", guidance=guidance))
     eager = published.replace(runtime=Runtime())

@@ -82,6 +82,11 @@ def pipelines(name: str, device: str, **settings: Any) -> Iterator[tuple[Pipelin
         yield plain, baseline, load(Path(folder) / "int8").to(device)
 
 
+def opened(name: str, device: str = "cpu") -> Pipeline:
+    """The bundled model, or a preset with random weights, on which no time depends."""
+    return load("bundled").to(device) if name == "bundled" else Pipeline(random_model(name, device))
+
+
 def random_model(name: str, device: str = "cpu") -> DiT:
     """A preset with weights of a trained model's size; the paper's initialisation would leave every block silent."""
     torch.manual_seed(0)

@@ -21,13 +21,12 @@ import torch
 
 from slimdit import pipeline as module
 from slimdit.context import Context
-from slimdit.formats import load
 from slimdit.methods.quantize import Quantize
 from slimdit.models.execution import compiled
-from slimdit.pipeline import Pipeline, Runtime
+from slimdit.pipeline import Runtime
 from slimdit.sampling.settings import Sampling
 
-from .int8 import random_model
+from .int8 import opened
 from .result import compare, settle, show
 from .sampling_run import whole
 
@@ -48,7 +47,7 @@ def main() -> None:
 
 def measure(name: str, images: int, all_weights: Sequence[str], steps: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model and number of images."""
-    plain = load("bundled") if name == "bundled" else Pipeline(random_model(name))
+    plain = opened(name)
     floats = plain.replace(runtime=Runtime("bfloat16", compile=True), sampling=Sampling("ddim", steps, guidance=1.5))
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -18,11 +18,10 @@ from unittest.mock import patch
 import torch
 
 from slimdit import pipeline as module
-from slimdit.formats import load
 from slimdit.pipeline import Pipeline, Runtime
 from slimdit.sampling.settings import Sampling
 
-from .int8 import random_model, relative
+from .int8 import opened, relative
 from .result import compare, settle, show
 from .sampling_run import whole
 
@@ -40,7 +39,7 @@ def main() -> None:
 
 def measure(name: str, images: int, steps: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model and number of images."""
-    plain = load("bundled") if name == "bundled" else Pipeline(random_model(name))
+    plain = opened(name)
     pipeline = plain.replace(runtime=Runtime("bfloat16", compile=True), sampling=Sampling("ddim", steps, guidance=1.5))
     ours = pipeline.copy()
     whole(ours, images)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from slimdit.context import Context
-from slimdit.formats import load
 from slimdit.methods.compile import Compile
 from slimdit.methods.quantize import Quantize
 from slimdit.models.modulation import Modulations
@@ -30,7 +29,7 @@ from slimdit.sampling.seeds import ImageNoise, image_labels
 from slimdit.sampling.settings import SOLVERS, Sampling
 from slimdit.sampling.solvers import solve, timesteps
 
-from .int8 import random_model, relative
+from .int8 import opened, relative
 from .result import compare, settle, show
 from .sampling_run import whole
 
@@ -50,7 +49,7 @@ def main() -> None:
 def measure(name: str, images: int, sampling: Sampling, rounds: int) -> list[dict[str, Any]]:
     """Rows of one model, number of images and solver."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain = (load("bundled") if name == "bundled" else Pipeline(random_model(name))).to(device)
+    plain = opened(name, device)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         context = Context(plain, Path(folder), device=device)

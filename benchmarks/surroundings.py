@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from slimdit.formats import load
 from slimdit.metrics.speed import WORKER_ENVIRONMENT
-from slimdit.pipeline import Pipeline, Runtime
+from slimdit.pipeline import Runtime
 from slimdit.sampling.settings import Sampling
 
-from .int8 import random_model
+from .int8 import opened
 from .result import compare, show
 from .sampling_run import whole
 
@@ -85,7 +84,7 @@ def process(name: str, images: int, steps: int, surroundings: Mapping[str, str])
 
 def serve(name: str, images: int, steps: int) -> None:
     """Run once for every line on stdin, and say so on stdout."""
-    plain = load("bundled") if name == "bundled" else Pipeline(random_model(name))
+    plain = opened(name)
     pipeline = plain.replace(runtime=Runtime("bfloat16", compile=True), sampling=Sampling("ddim", steps, guidance=1.5))
     for _ in sys.stdin:
         whole(pipeline, images)

@@ -133,7 +133,7 @@ def test_surroundings_that_end_are_told_of():
 
 def test_launches_are_timed_from_python_and_from_c(monkeypatch, capsys):
     room = importlib.import_module("benchmarks.launches")
-    monkeypatch.setattr(room, "random_model", lambda name: DiT(uniform(
+    monkeypatch.setattr("benchmarks.int8.random_model", lambda name, device: DiT(uniform(
         depth=1, width=32, heads=2, patch=2, input_size=(4, 4), channels=1, classes=3)).eval())
     asked = "--models tiny --images 1 --weights bfloat16 --steps 2 --rounds 1"
     monkeypatch.setattr(sys, "argv", ["launches", *shlex.split(asked)])
